@@ -1,0 +1,235 @@
+"""Builds what run.py hands around: data with holdout, models, views, evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backdoor_bench.cache import Stages
+from backdoor_bench.data.checks import split_holdout
+from backdoor_bench.data.images import select, to_device
+from backdoor_bench.errors import ConfigError
+from backdoor_bench.evaluate import Evaluator, Recorder, Truth
+from backdoor_bench.models.classifier import Classifier
+from backdoor_bench.plan import Plan
+from backdoor_bench.training.seeds import derive, generator
+from backdoor_bench.training.victim import CachedVictim
+from backdoor_bench.types import (
+    AttackerView,
+    Dataset,
+    DefenderView,
+    Facts,
+    Images,
+    ImageSet,
+    PoisonedSet,
+    Progress,
+    TestCase,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of one run share: where seconds are booked, how progress is told, how a model is made."""
+
+    plan: Plan
+    progress: Progress
+    seconds: dict[str, float]
+    new_model: Callable[[int], Classifier]
+
+    def stages(self, scope: Any, rows: Any) -> Stages:
+        """The stage cache of one scope."""
+        return Stages(
+            self.plan.cache_dir,
+            scope,
+            self.progress,
+            self.seconds,
+            rows,
+            checkpoint_seconds=self.plan.train.checkpoint_seconds,
+            restart=self.plan.restart,
+        )
+
+
+def load(plan: Plan, progress: Progress) -> tuple[Dataset, ImageSet | None]:
+    """The data set and the defender's clean holdout (None when holdout.size=0), cut before anything is poisoned.
+
+    With ``holdout.source=seen`` the holdout rows are taken out for the attack and come back, clean, at the end.
+    """
+    dataset: Dataset = plan.dataset.load()
+    size = int(plan.config["holdout"]["size"])
+    if size == 0:
+        return dataset, None
+    if size >= len(dataset.train):
+        raise ConfigError(
+            f"holdout.size={size} is not allowed: the training set has {len(dataset.train)} images, so it must lie in "
+            f"0..{len(dataset.train) - 1}"
+        )
+    # From a fixed seed: the holdout is the same for a whole table, whatever the training seed.
+    rows, held = split_holdout(dataset.train, size, generator(0, "holdout"))
+    holdout = select(dataset.train, held)
+    names = dataset.file_names
+    order = torch.cat([rows, held]) if plan.config["holdout"]["source"] == "seen" else rows
+    rest = replace(
+        dataset,
+        train=select(dataset.train, rows),
+        file_names=tuple(names[row] for row in order.tolist()) if names is not None else None,
+        known_poison=_take(dataset.known_poison, rows),
+        known_cover=_take(dataset.known_cover, rows),
+        true_labels=_take(dataset.true_labels, rows),
+    )
+    return rest, holdout
+
+
+def _take(values: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if values is None else values[rows]
+
+
+def prepare_run(plan: Plan, dataset: Dataset, progress: Progress, seconds: dict[str, float]) -> Run:
+    """A Run whose models fit the data; refuses what only the data could tell (their class count and size)."""
+    facts = Facts(
+        num_classes=dataset.train.num_classes,
+        image_size=dataset.train.images.shape[-1],
+        train_size=len(dataset.train),
+        epochs=plan.train.epochs,
+        steps_per_epoch=plan.train.steps_per_epoch(len(dataset.train)),
+        holdout_size=int(plan.config["holdout"]["size"]),
+    )
+    for part in (plan.model, plan.attack, plan.defense):
+        part.check(facts)
+    if plan.train.batch_size > len(dataset.train):
+        progress.warn(
+            f"train.batch_size={plan.train.batch_size} exceeds the {len(dataset.train)} training images: one batch an epoch"
+        )
+
+    def new_model(num_classes: int) -> Classifier:
+        with torch.random.fork_rng():
+            torch.manual_seed(derive(plan.seed, "model"))
+            model: Classifier = plan.model.build(
+                num_classes, facts.image_size, tuple(plan.dataset.mean), tuple(plan.dataset.std)
+            )
+        return model
+
+    return Run(plan, progress, seconds, new_model)
+
+
+class _NoRows:
+    """For stages that record no curves."""
+
+    def record(self, row: Any) -> None: ...
+    def listen(self, listener: Any) -> None: ...
+
+
+def attacker_view(run: Run, dataset: Dataset) -> AttackerView:
+    """All the attack may see."""
+    plan = run.plan
+    assets = plan.config["assets"]
+    return AttackerView(
+        train=dataset.train,
+        num_classes=dataset.train.num_classes,
+        new_model=run.new_model,
+        train_config=plan.train,
+        generator=generator(plan.attack_seed, "attack"),
+        stages=run.stages(plan.poison_scope(), _NoRows()),
+        assets=Path(assets).expanduser() if assets else None,
+        device=torch.device(plan.hardware.device),
+        progress=run.progress,
+    )
+
+
+def with_holdout(plan: Plan, poisoned: PoisonedSet, holdout: ImageSet | None) -> PoisonedSet:
+    """The poisoned set as the defence sees it: with the holdout's rows at its end where ``holdout.source=seen``."""
+    if holdout is None or plan.config["holdout"]["source"] == "reserved":
+        return poisoned
+    images, extra = poisoned.train.images, holdout.images
+    if not isinstance(images, torch.Tensor) or not isinstance(extra, torch.Tensor):
+        raise ConfigError("holdout.source=seen needs data in memory; set holdout.source=reserved")
+    count = len(holdout)
+    none = torch.zeros(count, dtype=torch.bool)
+    labels = torch.cat([poisoned.train.labels, holdout.labels])
+    return replace(
+        poisoned,
+        train=ImageSet(torch.cat([images, extra]), labels, poisoned.train.num_classes),
+        is_poisoned=torch.cat([poisoned.is_poisoned, none]),
+        is_cover=torch.cat([poisoned.is_cover, none]),
+        true_labels=torch.cat([poisoned.true_labels, holdout.labels]),
+        trigger_id=torch.cat([poisoned.trigger_id, torch.full((count,), -1)]),
+    )
+
+
+def truth_of(dataset: Dataset, poisoned: PoisonedSet, poisons: bool) -> Truth:
+    """What is known of the training rows: the attack's own truth, or what a user says of a folder, or nothing."""
+    if poisons or dataset.file_names is None:
+        return Truth(poisoned.is_poisoned, poisoned.is_cover)
+    if dataset.known_poison is None:
+        return Truth(None, None)
+    missing = len(poisoned.train) - len(dataset.known_poison)  # a holdout that is seen again
+    none = torch.zeros(missing, dtype=torch.bool)
+    cover = dataset.known_cover if dataset.known_cover is not None else torch.zeros_like(dataset.known_poison)
+    return Truth(torch.cat([dataset.known_poison, none]), torch.cat([cover, none]))
+
+
+def evaluator_for(run: Run, dataset: Dataset, poisoned: PoisonedSet, tests: tuple[TestCase, ...] | None = None) -> Evaluator:
+    """The evaluator, its test set on the device."""
+    hardware = run.plan.hardware
+    test = dataset.test
+    if test is not None:
+        test = replace(to_device(test, torch.device(hardware.device)), labels=test.labels)
+    truth = truth_of(dataset, poisoned, run.plan.poisons)
+    cases = poisoned.tests if tests is None else tests
+    return Evaluator(test, cases, truth, dataset.train.num_classes, hardware)
+
+
+def defender_view(run: Run, poisoned: PoisonedSet, holdout: ImageSet | None, recorder: Recorder) -> DefenderView:
+    """All the defence may see. Only images, labels and class count of the poisoned set go in."""
+    plan = run.plan
+    train = ImageSet(_resident(poisoned.train.images, plan), poisoned.train.labels, poisoned.train.num_classes)
+    stages = run.stages(plan.victim_scope(), recorder)
+    victim = CachedVictim(
+        train,
+        lambda: run.new_model(train.num_classes),
+        plan.train,
+        lambda: generator(plan.seed, "training"),
+        stages,
+        recorder,
+        run.progress,
+        loss_fn=poisoned.train_loss,
+        augment_extra=poisoned.augment,
+    )
+    return DefenderView(
+        train=train,
+        holdout=holdout,
+        num_classes=train.num_classes,
+        new_model=run.new_model,
+        victim=victim,
+        train_config=plan.train,
+        generator=generator(plan.seed, "defense"),
+        stages=stages,
+        probe=recorder,
+        device=torch.device(plan.hardware.device),
+        progress=run.progress,
+    )
+
+
+def _resident(images: Images, plan: Plan) -> Images:
+    """On the device once, not again in every fit."""
+    from backdoor_bench.training.fit import resident
+
+    return resident(images, plan.hardware.resident_gib, torch.device(plan.hardware.device))
+
+
+def clean_victim(run: Run, dataset: Dataset, evaluator: Evaluator) -> CachedVictim:
+    """The victim of the unpoisoned set, under the cache key that ``attack=none defense=no_defense`` gives it."""
+    plan = run.plan
+    silent = Recorder(evaluator, lambda row: None, lambda epoch, detail: None)
+    return CachedVictim(
+        ImageSet(_resident(dataset.train.images, plan), dataset.train.labels, dataset.train.num_classes),
+        lambda: run.new_model(dataset.train.num_classes),
+        plan.train,
+        lambda: generator(plan.seed, "training"),
+        Stages(plan.cache_dir, plan.victim_scope(poisons=False), run.progress, {}, silent),
+        silent,
+        run.progress,
+    )

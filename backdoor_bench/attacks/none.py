@@ -1,0 +1,39 @@
+"""No attack: the clean run that every table starts with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from backdoor_bench.attacks.common import MAX_SEED
+from backdoor_bench.errors import check_range
+from backdoor_bench.types import AttackerView, Facts, PoisonedSet
+
+
+@dataclass(frozen=True)
+class NoAttack:
+    """Leaves the training set as it is; without a triggered test set the ASR is null."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_range("attack.seed", self.seed, 0, MAX_SEED, integer=True)
+
+    def check(self, facts: Facts) -> None:
+        """Nothing can be wrong."""
+
+    def poison(self, view: AttackerView) -> PoisonedSet:
+        """The clean set, with empty truth."""
+        count = len(view.train)
+        nothing = torch.zeros(count, dtype=torch.bool)
+        return PoisonedSet(
+            train=view.train,
+            is_poisoned=nothing,
+            is_cover=nothing.clone(),
+            true_labels=view.train.labels,
+            trigger_id=torch.full((count,), -1),
+            tests=(),
+            example_index=torch.empty(0, dtype=torch.int64),
+            originals=torch.empty(0, *view.train.images.shape[1:], dtype=torch.uint8),
+        )

@@ -1,0 +1,187 @@
+"""TRAP's poisoned sample isolation: early in training, poison is a cluster of its own in the feature space.
+
+After each of several early epochs of the undefended training, the penultimate features of all training samples are
+embedded in the plane by t-SNE and clustered by DBSCAN; suspicious clusters are flagged, and the union over the epochs
+is the result (TRAP sec. IV-A, Algorithm 1; rule and noise: specs/seed_defenses.md 1.4).
+
+Deviations from the paper, each a key: ``first_detection_step`` (the paper starts after epoch 1, which on small sets is
+long before a trigger is learnt), ``detect_every``, ``scale_min_samples``, ``one_class_share``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backdoor_bench.detection.embedding import EmbeddingSettings, embed
+from backdoor_bench.errors import ConfigError, check_choice, check_range
+from backdoor_bench.training.config import TrainConfig
+from backdoor_bench.training.fit import epochs_for_steps
+from backdoor_bench.training.interrupt import raise_if_requested
+from backdoor_bench.types import DefenderView, Facts, Isolation
+
+# Steps until a 3x3 trigger is learnt with and without random crops, from runs of small_cnn on CIFAR-10 and photo_digits.
+STEPS_WITH_CROP, STEPS_WITHOUT_CROP = 1500, 120
+SCALE_BELOW = 20_000
+MUCH_FLAGGED = 0.3
+
+
+@dataclass(frozen=True)
+class TrapIsolation:
+    """detect_epochs: number of detection epochs (E_d). first_detection_step: detection starts after the first epoch that
+    completes so many optimiser steps; 0 = after epoch 1 (paper); ``auto`` = 1,500 where the recipe crops at random, else
+    120. detect_every: epochs from one detection to the next. eps, min_samples: DBSCAN's, in units of the map.
+    scale_min_samples: true|false|auto (auto: below 20,000 samples), min_samples then grows with sqrt(N / 50,000).
+    rule: one_or_all|not_largest. one_class_share: share of one label from which a cluster counts as one class.
+    noise: benign|suspicious. reducer: tsne|pca|svd.
+    """
+
+    detect_epochs: int
+    first_detection_step: int | str
+    detect_every: int
+    eps: float
+    min_samples: int
+    scale_min_samples: bool | str
+    rule: str
+    one_class_share: float
+    noise: str
+    reducer: str
+    embedding: EmbeddingSettings
+
+    def __post_init__(self) -> None:
+        key = "defense.isolation."
+        check_range(key + "detect_epochs", self.detect_epochs, 1, 100_000, integer=True)
+        if self.first_detection_step != "auto":
+            check_range(key + "first_detection_step", self.first_detection_step, 0, float("inf"), integer=True)
+        check_range(key + "detect_every", self.detect_every, 1, 100_000, integer=True)
+        check_range(key + "eps", self.eps, 0, float("inf"), low_open=True)
+        check_range(key + "min_samples", self.min_samples, 1, float("inf"), integer=True)
+        if not isinstance(self.scale_min_samples, bool):
+            check_choice(key + "scale_min_samples", self.scale_min_samples, ("auto",))
+        check_choice(key + "rule", self.rule, ("one_or_all", "not_largest"))
+        check_range(key + "one_class_share", self.one_class_share, 0, 1, low_open=True)
+        check_choice(key + "noise", self.noise, ("benign", "suspicious"))
+        check_choice(key + "reducer", self.reducer, ("tsne", "pca", "svd"))
+
+    def check(self, facts: Facts) -> None:
+        if self.detect_epochs > facts.epochs:
+            raise ConfigError(
+                f"defense.isolation.detect_epochs={self.detect_epochs} exceeds train.epochs={facts.epochs}: "
+                "allowed is 1 to train.epochs"
+            )
+
+    def isolate(self, view: DefenderView) -> Isolation:
+        count = len(view.train)
+        epochs = self.epochs(view.train_config, count)
+        min_samples = self.min_samples_for(count)
+        total = torch.zeros(count, dtype=torch.int64)
+        reports = []
+        # Train (or load) everything first, so that what follows can be interrupted and resumed cheaply.
+        models = view.victim(snapshots=epochs)
+        with view.progress.task("isolation", total=len(epochs)) as advance:
+            for epoch, model in zip(epochs, models, strict=True):
+                raise_if_requested()
+                points, meta = self._map(view, epoch, model)
+                flagged, report = self._judge(view, points, meta, epoch, min_samples)
+                total += flagged
+                view.probe(
+                    flagged=flagged,
+                    stage="detection",
+                    epoch=epoch,
+                    detail={"points": points, **{k: report.pop(k) for k in ("clusters", "suspicious")}, "report": report},
+                )
+                view.probe(flagged=total > 0, stage="isolation", epoch=epoch)
+                reports.append(report)
+                advance(1, flagged=int((total > 0).sum()))
+        flagged = total > 0
+        share = flagged.double().mean().item()
+        if share > MUCH_FLAGGED:
+            view.progress.warn(
+                f"TRAP flagged {share:.0%} of the training set: benign classes probably form clusters of their own; "
+                "try an earlier defense.isolation.first_detection_step or fewer detect_epochs"
+            )
+        extra = {"detection_epochs": epochs, "min_samples": min_samples, "flagged_share": share, "epochs": reports}
+        return Isolation(flagged=flagged, score=total.float() / len(epochs), extra=extra)
+
+    def epochs(self, config: TrainConfig, count: int) -> list[int]:
+        """The detection epochs (counted from 1), within the training; fewer than asked where it ends before."""
+        steps = self.first_detection_step
+        if isinstance(steps, str):
+            steps = STEPS_WITH_CROP if config.augment.crop_padding else STEPS_WITHOUT_CROP
+        first = epochs_for_steps(steps, max(1, config.steps_per_epoch(count)))
+        # A training too short for that start is looked at in its last epochs.
+        first = max(1, min(first, config.epochs - (self.detect_epochs - 1) * self.detect_every))
+        epochs = range(first, config.epochs + 1, self.detect_every)
+        return list(epochs)[: self.detect_epochs]
+
+    def min_samples_for(self, count: int) -> int:
+        """DBSCAN's min_samples for a set of this size."""
+        from backdoor_bench.detection.clusters import scaled_min_samples
+
+        scale = count < SCALE_BELOW if self.scale_min_samples == "auto" else self.scale_min_samples
+        return scaled_min_samples(self.min_samples, count) if scale else self.min_samples
+
+    def _map(self, view: DefenderView, epoch: int, model: torch.nn.Module) -> tuple[Tensor, Mapping[str, Any]]:
+        """The 2-D map float[N, 2] of this epoch's features and what is known of it, from the cache where it was made."""
+        from backdoor_bench.detection.features import extract_features
+
+        hardware = view.train_config.hardware
+        settings = self.embedding if self.reducer == "tsne" else replace(self.embedding, backend=self.reducer)
+        # One seed for all epochs of a victim: whatever the eps or the rule, the same maps serve.
+        seed = view.generator.initial_seed() % 2**31
+
+        def build() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            start = time.perf_counter()
+            with hardware.autocast():
+                features = extract_features(model, view.train, view.device)
+            took = time.perf_counter() - start
+            result = embed(
+                features, settings, seed=seed, threads=hardware.threads, device=view.device, warn=view.progress.warn
+            )
+            meta = {
+                "backend": result.backend,
+                "version": result.version,
+                "settings": result.settings,
+                "extent": result.extent,
+                "notes": list(result.notes),
+                "seconds_by_stage": {"features": took, "embedding": result.seconds},
+            }
+            return {"points": result.points}, meta
+
+        bundle = view.stages.keep("embedding", build, {"epoch": epoch, "seed": seed, **asdict(settings)})
+        return bundle.tensors["points"], bundle.meta
+
+    def _judge(
+        self, view: DefenderView, points: Tensor, meta: Mapping[str, Any], epoch: int, min_samples: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """flagged bool[N] of one map and a report of its clusters."""
+        from backdoor_bench.detection.clusters import dbscan, median_kth_distance, suspicious_clusters
+
+        with view.stages.timed("clustering"):
+            clusters = dbscan(points, self.eps, min_samples)
+            suspects = suspicious_clusters(
+                clusters, view.train.labels.cpu(), view.num_classes, self.rule, self.one_class_share, self.noise
+            )
+            distance = median_kth_distance(points, min_samples)
+        if distance > self.eps:
+            view.progress.warn(
+                f"epoch {epoch}: the median distance to neighbour {min_samples} in the map is {distance:.2f}, above "
+                f"eps={self.eps:g}: most samples count as noise; raise defense.isolation.eps or lower min_samples"
+            )
+        if sum(1 for cluster in suspects.clusters) < 2:
+            view.progress.say(f"epoch {epoch}: DBSCAN found {len(suspects.clusters)} cluster(s), nothing is flagged")
+        report = {
+            "epoch": epoch,
+            "map": dict(meta),
+            "noise_share": suspects.noise_share,
+            "median_kth_distance": distance,
+            "table": [asdict(cluster) for cluster in suspects.clusters],
+            "clusters": clusters,
+            "suspicious": [cluster.id for cluster in suspects.clusters if cluster.suspicious],
+        }
+        return suspects.flagged, report

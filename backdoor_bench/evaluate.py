@@ -1,0 +1,222 @@
+"""The one evaluator: what a model does on clean and on triggered test images, and how well poison was found.
+
+It alone holds the test set and the truth. Methods reach it only through ``probe``, which returns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backdoor_bench.training.hardware import Hardware
+from backdoor_bench.types import Images, ImageSet, TestCase
+
+BATCH = 1024
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Images, hardware: Hardware, batch_size: int = BATCH) -> Tensor:
+    """The predicted class of every image, int64 [N] on the CPU (the dummy class of TRAP is class C).
+
+    images: uint8 [N, 3, H, W]. The model's train/eval mode is restored.
+    """
+    device = torch.device(hardware.device)
+    before = model.training
+    model.eval()
+    predictions = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].to(device).float().div_(255)
+        if hardware.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        with hardware.autocast():
+            predictions.append(model(batch).argmax(1))
+    model.train(before)
+    return torch.cat(predictions).cpu() if predictions else torch.empty(0, dtype=torch.int64)
+
+
+def detection_metrics(
+    flagged: Tensor | None,
+    is_poisoned: Tensor | None,
+    is_cover: Tensor | None = None,
+    trusted: Tensor | None = None,
+    score: Tensor | None = None,
+) -> dict[str, float | None]:
+    """How well the flagged samples match the poisoned ones, as fractions or None.
+
+    flagged, is_poisoned, is_cover, trusted: bool[N]; score: float[N], higher = more suspicious. Cover samples count as
+    not poisoned (``precision_with_cover`` counts them as poisoned). precision is None when nothing is flagged, recall
+    None when nothing is poisoned; all are None where the truth is unknown.
+    """
+    names = ("precision", "recall", "fpr", "auroc", "precision_with_cover", "poison_precision", "clean_precision")
+    result: dict[str, float | None] = dict.fromkeys(names)
+    if is_poisoned is None:
+        return result
+    cover = is_cover if is_cover is not None else torch.zeros_like(is_poisoned)
+    clean = ~is_poisoned
+    if flagged is not None:
+        hits = int((flagged & is_poisoned).sum())
+        n_flagged = int(flagged.sum())
+        if n_flagged:
+            result["precision"] = result["poison_precision"] = hits / n_flagged
+            result["precision_with_cover"] = int((flagged & (is_poisoned | cover)).sum()) / n_flagged
+        if is_poisoned.any():
+            result["recall"] = hits / int(is_poisoned.sum())
+        if clean.any():
+            result["fpr"] = int((flagged & clean).sum()) / int(clean.sum())
+        picked_clean = trusted if trusted is not None else ~flagged
+        if picked_clean.any():
+            result["clean_precision"] = int((picked_clean & clean).sum()) / int(picked_clean.sum())
+    if score is not None and is_poisoned.any() and clean.any():
+        from sklearn.metrics import roc_auc_score
+
+        result["auroc"] = float(roc_auc_score(is_poisoned.numpy(), score.double().numpy()))
+    return result
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the evaluator knows of the training rows: bool[N], bool[N]; None where nobody knows (a user's folder)."""
+
+    is_poisoned: Tensor | None
+    is_cover: Tensor | None
+
+
+class Evaluator:
+    """Clean and triggered test sets, stamped once and kept on the device.
+
+    test: clean test set or None. tests: the attack's test cases. truth: of the training rows.
+    """
+
+    def __init__(
+        self,
+        test: ImageSet | None,
+        tests: tuple[TestCase, ...],
+        truth: Truth,
+        num_classes: int,
+        hardware: Hardware,
+    ) -> None:
+        self.test = test
+        self.tests = tests
+        self.truth = truth
+        self.num_classes = num_classes
+        self.hardware = hardware
+        self._stamped: list[tuple[TestCase, Tensor, Tensor]] | None = None
+
+    def stamped(self) -> list[tuple[TestCase, Tensor, Tensor]]:
+        """(case, triggered uint8 images of its pool, wanted labels) for every test case."""
+        if self._stamped is None:
+            self._stamped = []
+            for case in self.tests if self.test is not None else ():
+                assert self.test is not None
+                rows = case.pool(self.test.labels).nonzero().flatten()
+                parts = [case.trigger(self.test.images[part], part) for part in rows.split(4096)]
+                images = torch.cat(parts) if parts else self.test.images[rows]
+                self._stamped.append((case, images, case.label_rule(self.test.labels[rows])))
+        return self._stamped
+
+    def model_metrics(self, model: nn.Module) -> dict[str, Any]:
+        """ACC, ASR and their relatives as fractions (None where there is no test set, trigger or target).
+
+        acc: share of all clean test images classified right. acc_nontarget: the same without the target class.
+        target_class_acc: on the target class alone. asr: share of the triggered images, over all test cases, that get
+        the attacker's label. dummy_clean/dummy_triggered: share sent to TRAP's extra class.
+        """
+        names = ("acc", "acc_nontarget", "asr", "target_class_acc", "dummy_clean", "dummy_triggered", "acc_per_class")
+        result: dict[str, Any] = dict.fromkeys((*names, "asr_per_trigger"))
+        if self.test is None:
+            return result
+        labels = self.test.labels
+        predictions = predict(model, self.test.images, self.hardware)
+        right = predictions == labels
+        result["acc"] = right.double().mean().item()
+        result["dummy_clean"] = (predictions == self.num_classes).double().mean().item()
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        hits = torch.bincount(labels[right], minlength=self.num_classes)
+        per_class = [int(h) / int(c) if c else None for h, c in zip(hits, counts, strict=True)]
+        result["acc_per_class"] = per_class
+        targets = {case.target_class for case in self.tests}
+        target = targets.pop() if len(targets) == 1 else None
+        if target is not None:
+            result["target_class_acc"] = per_class[target]
+            others = labels != target
+            result["acc_nontarget"] = right[others].double().mean().item() if others.any() else None
+        success = total = dummy = 0
+        by_trigger: dict[str, float | None] = {}
+        for case, images, wanted in self.stamped():
+            predictions = predict(model, images, self.hardware)
+            n_success = int((predictions == wanted).sum())
+            by_trigger[case.name] = n_success / len(wanted) if len(wanted) else None
+            success, total = success + n_success, total + len(wanted)
+            dummy += int((predictions == self.num_classes).sum())
+        if total:
+            result["asr"] = success / total
+            result["dummy_triggered"] = dummy / total
+            result["asr_per_trigger"] = by_trigger
+        return result
+
+    def isolation_metrics(
+        self, flagged: Tensor | None, trusted: Tensor | None = None, score: Tensor | None = None
+    ) -> dict[str, float | None]:
+        """detection_metrics against the truth."""
+        return detection_metrics(flagged, self.truth.is_poisoned, self.truth.is_cover, trusted, score)
+
+
+class Recorder:
+    """types.Probe: evaluates what a method shows and keeps the rows (one a stage and epoch).
+
+    on_row: called with every new row (tracking). on_map: called with (epoch, detail, row) where a method shows a map
+    of its samples (pictures).
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        on_row: Callable[[Mapping[str, Any]], None],
+        on_map: Callable[[int, Mapping[str, Any]], None],
+    ) -> None:
+        self._evaluator = evaluator
+        self._on_row = on_row
+        self._on_map = on_map
+        self._rows: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._listener: Callable[[Mapping[str, Any]], None] | None = None
+
+    def __call__(
+        self,
+        model: nn.Module | None = None,
+        flagged: Tensor | None = None,
+        *,
+        stage: str,
+        epoch: int,
+        detail: Mapping[str, Any] | None = None,
+    ) -> None:
+        row: dict[str, Any] = {"stage": stage, "epoch": epoch}
+        if detail is not None and "loss" in detail:
+            row["loss"] = detail["loss"]
+        if model is not None:
+            metrics = self._evaluator.model_metrics(model)
+            row |= {name: metrics[name] for name in ("acc", "asr", "target_class_acc", "dummy_triggered")}
+        if flagged is not None:
+            metrics = self._evaluator.isolation_metrics(flagged)
+            row |= {name: metrics[name] for name in ("precision", "recall")} | {"n_flagged": int(flagged.sum())}
+        if detail is not None and "points" in detail:
+            self._on_map(epoch, detail)
+        self.record(row)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Keep a row; the newest of a stage and epoch counts."""
+        self._rows[(row["stage"], row["epoch"])] = row
+        if self._listener is not None:
+            self._listener(row)
+        self._on_row(row)
+
+    def listen(self, listener: Callable[[Mapping[str, Any]], None] | None) -> None:
+        """Have every new row told to ``listener`` as well, until None."""
+        self._listener = listener
+
+    def history(self) -> list[Mapping[str, Any]]:
+        """All rows in the order in which their stages began."""
+        return list(self._rows.values())

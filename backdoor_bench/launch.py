@@ -1,0 +1,290 @@
+"""Around Hydra: help, safe composition, clear errors, exit codes. Only run.py uses it.
+
+The composed configuration is checked before Hydra runs anything, because Hydra's own callbacks are instantiated before
+the job: a ``_target_`` outside this package (and Hydra's launchers and sweepers) is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backdoor_bench.errors import BenchError, ConfigError, SweepFailed
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from backdoor_bench.plan import Plan
+
+GROUPS = ("dataset", "model", "attack", "defense", "hardware", "tracking", "paper", "experiment", "budget")
+# Written with a dot on the command line, chosen as a group by Hydra.
+SUBGROUPS = ("defense.isolation", "defense.removal")
+ALLOWED_TARGETS = re.compile(
+    r"backdoor_bench\.|hydra\._internal\.core_plugins\.|hydra_plugins\.(hydra_)?(joblib|submitit|ray|bench)\w*\."
+)
+MAX_JOBS = 10_000
+Task = Callable[["Plan"], Path]
+
+
+def main(task: Task, conf: Path, argv: list[str]) -> int:
+    """Run the command line; returns the exit code (specs/faults.md rule 1).
+
+    task: called once a job with what plan.prepare made ready; returns the path of its result.
+    """
+    if any(word in ("--help", "-h") for word in argv):
+        print(help_text(conf))
+        return 0
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
+    show_trace = "--traceback" in argv
+    argv = [_subgroup(word) for word in argv if word != "--traceback"]
+    try:
+        return _run(task, conf, argv)
+    except BenchError as error:
+        return fail(str(error), error.exit_code, show_trace)
+    except KeyboardInterrupt:
+        return fail("stopped at once; run the same command again to resume from the last checkpoint", 7, False)
+    except Exception as error:
+        message = explain(error, conf)
+        if message is None:
+            raise
+        return fail(message, 2, show_trace)
+
+
+def fail(message: str, code: int, show_trace: bool) -> int:
+    """Print one message to standard error; returns the code."""
+    if show_trace:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _run(task: Task, conf: Path, argv: list[str]) -> int:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    check_command(conf, [word for word in argv if not word.startswith("-") or "=" in word])
+    failures: list[tuple[str, BenchError]] = []
+    done: list[Path] = []
+
+    def job(config: DictConfig) -> None:
+        state = HydraConfig.get()
+        sweep = state.mode == RunMode.MULTIRUN
+        overrides = list(state.overrides.task)
+        refuse_foreign_targets(config)
+        try:
+            result = guarded(task, config, overrides, sweep, dict(state.runtime.choices))
+        except BenchError as error:
+            if not sweep or error.exit_code == 7:
+                raise
+            failures.append((" ".join(overrides), error))
+            print(f"failed: {' '.join(overrides)}: {error}", file=sys.stderr)
+            return
+        done.append(result)
+        print(f"result: {result}", flush=True)
+
+    before = sys.argv
+    sys.argv = ["run.py", *argv]
+    try:
+        hydra.main(config_path=str(conf), config_name="config", version_base="1.3")(job)()
+    finally:
+        sys.argv = before
+    if failures:
+        lines = "\n".join(f"  {name}\n    {error}" for name, error in failures)
+        raise SweepFailed(f"{len(failures)} of {len(failures) + len(done)} jobs failed, the others finished:\n{lines}")
+    return 0
+
+
+def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: bool, choices: dict[str, Any]) -> Path:
+    """``task`` of the prepared plan, with the errors of torch and of Hydra's instantiation turned into ours."""
+    import torch
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from backdoor_bench.errors import OutOfMemory
+    from backdoor_bench.plan import prepare
+    from backdoor_bench.training import interrupt
+
+    try:
+        plan = prepare(config, overrides, sweep, choices)
+        interrupt.install()
+        return task(plan)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, BenchError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise ConfigError(_one_line(error)) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"out of memory: {_one_line(error) or 'no memory left'}; lower train.batch_size (now "
+            f"{config.train.batch_size}), dataset.limit or hardware.resident_gib, then run the same command again"
+        ) from error
+
+
+# ---------------------------------------------------------------------- checks before Hydra starts
+
+
+def check_command(conf: Path, overrides: list[str]) -> None:
+    """Compose the configuration (first value of each sweep) and refuse foreign targets; Hydra's errors pass through."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    single, jobs = [], 1
+    for text, override in zip(overrides, parsed, strict=True):
+        if override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+            if not values:
+                raise ConfigError(f"{text} sweeps over no value: the sweep is empty")
+            jobs *= len(values)
+            single += [f"{override.input_line.split('=', 1)[0]}={value}" for value in values[:1]]
+        else:
+            single.append(text)
+    if jobs > MAX_JOBS:
+        raise ConfigError(f"the sweep has {jobs} jobs, more than {MAX_JOBS}: split it")
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = compose("config", single, return_hydra_config=True)
+    refuse_foreign_targets(config)
+    missing = OmegaConf.missing_keys(config) - {"hydra.job.name", "hydra.job.id", "hydra.job.num"}
+    missing = {key for key in missing if not key.startswith("hydra.")}
+    if missing:
+        raise ConfigError(f"{sorted(missing)[0]} has no value: give it on the command line ({sorted(missing)[0]}=...)")
+
+
+def refuse_foreign_targets(config: DictConfig) -> None:
+    """Raise ConfigError for any ``_target_`` that is neither ours nor one of Hydra's launchers and sweepers."""
+    from omegaconf import OmegaConf
+
+    for key, target in _targets(OmegaConf.to_container(config, resolve=False), ""):
+        if not isinstance(target, str) or not ALLOWED_TARGETS.match(target):
+            raise ConfigError(
+                f"{key}={target!r} is not allowed: a _target_ must lie in backdoor_bench (nothing was imported)"
+            )
+
+
+def _targets(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_":
+                yield f"{prefix}{key}", value
+            else:
+                yield from _targets(value, f"{prefix}{key}.")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{prefix}{index}.")
+
+
+def _subgroup(word: str) -> str:
+    """``defense.isolation=fct`` as Hydra wants it: ``defense/isolation=fct``."""
+    key, sign, value = word.partition("=")
+    if sign and key.lstrip("+~") in SUBGROUPS and "{" not in value:
+        return f"{key.replace('.', '/')}={value}"
+    return word
+
+
+# ---------------------------------------------------------------------- messages
+
+
+def explain(error: Exception, conf: Path) -> str | None:
+    """One message for an error of Hydra or OmegaConf; None if it is none of theirs."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, name = str(error.missing_cfg_file).rsplit("/", 1)
+        valid = [option for option in error.options if option]
+        return f"{group}={name} is unknown{_nearest(name, valid)}; valid: {', '.join(sorted(valid))}"
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        text = _one_line(error)
+        found = re.search(r"Could not (?:override|append to config|delete from config)\.? '?([\w./@]+)'?", text)
+        if found:
+            key = found.group(1)
+            known = known_keys(conf)
+            return f"{key} is no key of the configuration{_nearest(key, known)}; python run.py --help lists the groups"
+        return text
+    return None
+
+
+def known_keys(conf: Path) -> list[str]:
+    """Groups and dotted keys of the default configuration."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config"), resolve=False)
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    assert isinstance(config, dict)
+    return [*GROUPS, *walk(config, "")]
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def options(conf: Path, group: str) -> list[tuple[str, str]]:
+    """(name, first comment line) of every choice of a group."""
+    found = []
+    for file in sorted((conf / group).glob("*.yaml")):
+        first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+        found.append((file.stem, first.removeprefix("#").strip() if first.startswith("#") else ""))
+    return found
+
+
+def help_text(conf: Path) -> str:
+    """The whole help: what it does, the groups with their choices, examples, exit codes."""
+    lines = [
+        "Plant a backdoor in a training set, train on it with a defence, measure what remains.",
+        "",
+        "usage: python run.py [GROUP=CHOICE ...] [KEY=VALUE ...]",
+        "       python run.py -m GROUP=CHOICE,CHOICE,... seed=0,1,2     every combination; what is done is skipped",
+        "",
+        "examples:",
+        "  python run.py                                               badnets against trap on the embedded data, 2 min",
+        "  python run.py attack=sig defense=no_defense seed=1          the same without defence",
+        "  python run.py dataset=cifar10 dataset.root=DIR dataset.limit=10000",
+        "  python run.py dataset=folder dataset.root=DIR attack=none   clean an untrusted folder of images",
+        "  python run.py defense.removal=retrain                       another way to repair the model",
+        "  python run.py -m attack=none,badnets defense=no_defense,trap seed=0,1",
+        "  python run.py attack=badnets --cfg job                      print the configuration and stop",
+        "",
+    ]
+    for group in (*GROUPS, "defense/isolation", "defense/removal"):
+        choices = options(conf, group)
+        if not choices:
+            continue
+        lines.append(f"{group.replace('/', '.')}:")
+        width = max(len(name) for name, _ in choices)
+        lines += [f"  {name:<{width}}  {about}".rstrip() for name, about in choices]
+        lines.append("")
+    lines += [
+        "further keys: seed, output_root, holdout.size, holdout.source, train.* (recipe), evaluation.floor, resume.redo,",
+        "  and every key of the chosen files: dataset.limit, attack.poison_rate, defense.isolation.eps, ...",
+        "exit codes: 0 done, 1 bug, 2 configuration, 3 data, 4 diverged, 5 out of memory, 6 disk, 7 interrupted,",
+        "  8 some jobs of a sweep failed. --traceback shows where an error came from.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Networks with features(), named blocks and a replaceable head; normalisation is their first layer."""

@@ -1,0 +1,161 @@
+"""A run made ready: objects built from the configuration, everything checked that needs no data, names and keys fixed.
+
+With launch.py the only module below run.py that knows Hydra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from backdoor_bench.errors import ConfigError, check_choice, check_range
+from backdoor_bench.results import config_hash, variant_name
+from backdoor_bench.training.config import TrainConfig
+from backdoor_bench.training.hardware import Hardware
+from backdoor_bench.types import Facts
+
+GROUPS_IN_PATH = ("dataset", "model", "attack", "defense", "hardware", "tracking", "experiment")
+KEYS_NOT_IN_VARIANT = ("seed", "output_root", "cache_root", "hydra", "tracking", "resume", "sweep")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """config: resolved plain configuration (hardware as it is on this machine). Paths are absolute or relative to the
+    current folder; *_scope: what a poisoned set and a victim depend on, for the cache."""
+
+    config: dict[str, Any]
+    dataset: Any
+    model: Any
+    attack: Any
+    defense: Any
+    train: TrainConfig
+    tracking: Any
+    hardware: Hardware
+    seed: int
+    attack_seed: int
+    names: dict[str, str]
+    variant: str
+    run_dir: Path
+    cache_dir: Path
+    floor: str
+    redo: bool
+    restart: bool
+    sweep: bool
+
+    @property
+    def poisons(self) -> bool:
+        """Whether the attack changes anything."""
+        return self.names["attack"] != "none"
+
+    def poison_scope(self, poisons: bool | None = None) -> dict[str, Any]:
+        """What the poisoned set depends on; ``poisons=False`` gives the clean set's."""
+        keep = self.poisons if poisons is None else poisons
+        attack = self.config["attack"] if keep else None
+        dataset = {k: v for k, v in self.config["dataset"].items() if k not in ("download", "cache_dir", "on_error")}
+        return {"dataset": dataset, "attack": attack, "holdout": self.config["holdout"]}
+
+    def victim_scope(self, poisons: bool | None = None) -> dict[str, Any]:
+        """What the undefended model depends on."""
+        return {
+            "poison": self.poison_scope(poisons),
+            "model": self.config["model"],
+            "train": self.train.key(),
+            "seed": self.seed,
+        }
+
+
+def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapping[str, str]) -> Plan:
+    """Build and check everything that can be without data. Raises ConfigError with key, value and allowed range.
+
+    overrides: the command line's, for the folder name. choices: the chosen file of each group.
+    """
+    check_range("seed", config.seed, 0, 2**31 - 1, integer=True)
+    check_choice("evaluation.floor", config.evaluation.floor, ("auto", "train", "never"))
+    check_choice("holdout.source", config.holdout.source, ("reserved", "seen"))
+    check_range("holdout.size", config.holdout.size, 0, float("inf"), integer=True)
+    for key in ("output_root", "cache_root"):
+        if "\0" in str(config[key]):
+            raise ConfigError(f"{key} holds a NUL character: give a folder's name")
+
+    hardware = instantiate(config.hardware).resolve()
+    train = instantiate(config.train, hardware=hardware)
+    dataset = instantiate(config.dataset)
+    model = instantiate(config.model)
+    attack = instantiate(config.attack)
+    defense = instantiate(config.defense)
+    tracking = instantiate(config.tracking)
+
+    facts = _facts(config, dataset, train)
+    for part in (model, attack, defense):
+        if hasattr(part, "check"):
+            part.check(facts)
+    if getattr(attack, "controls_training", False) and not getattr(defense, "honours_train_loss", False):
+        raise ConfigError(
+            f"attack={choices['attack']} owns the training loss, which defense={choices['defense']} cannot honour; "
+            "choose the attack's static form or a defence that trains plainly (no_defense, trap)"
+        )
+
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    plain = {str(key): value for key, value in plain.items() if key != "hydra"}
+    names = {group: str(choices[group]) for group in ("dataset", "model", "attack", "defense")}
+    plain["names"] = names
+    plain["paper"], plain["budget"] = choices.get("paper"), choices.get("budget")
+    plain["hardware"] = {"_target_": plain["hardware"]["_target_"], **vars(hardware)}
+    plain["hardware"].pop("resident_gib")
+
+    shown = [text for text in map(_shown, overrides) if text]
+    if hardware != _automatic(hardware):
+        shown.append(f"hardware={choices['hardware']}")
+    variant = variant_name(shown, config_hash(plain))
+    root = Path(str(config.output_root)).expanduser()
+    run_dir = root.joinpath(*names.values(), variant, f"seed{config.seed}")
+    return Plan(
+        config=plain, dataset=dataset, model=model, attack=attack, defense=defense, train=train, tracking=tracking,
+        hardware=hardware, seed=int(config.seed), attack_seed=int(config.attack.get("seed", config.seed)), names=names,
+        variant=variant, run_dir=run_dir, cache_dir=Path(str(config.cache_root)).expanduser(),
+        floor=config.evaluation.floor, redo=bool(config.resume.redo), restart=bool(config.resume.restart), sweep=sweep,
+    )  # fmt: skip
+
+
+def _facts(config: DictConfig, dataset: Any, train: TrainConfig) -> Facts:
+    size = dataset.train_size if dataset.limit is None else min(dataset.limit, dataset.train_size or dataset.limit)
+    holdout = int(config.holdout.size)
+    if size is not None and holdout >= size:
+        raise ConfigError(
+            f"holdout.size={holdout} is not allowed: the training set has {size} images, so it must lie in "
+            f"0..{size - 1}"
+        )
+    if size is not None and config.holdout.source == "reserved":
+        size -= holdout
+    return Facts(
+        num_classes=dataset.num_classes,
+        image_size=dataset.image_size,
+        train_size=size,
+        epochs=train.epochs,
+        steps_per_epoch=None if size is None else train.steps_per_epoch(size),
+        holdout_size=holdout,
+    )
+
+
+def _shown(override: str) -> str | None:
+    """An override as it appears in the folder name; None for what the path says already or what changes no result."""
+    key = override.split("=", 1)[0].lstrip("+~")
+    if key in GROUPS_IN_PATH or key.split(".")[0].split("/")[0] in KEYS_NOT_IN_VARIANT:
+        return None
+    if key in ("paper", "budget"):
+        return None if override.endswith("=null") else override
+    return override
+
+
+def _automatic(hardware: Hardware) -> Hardware:
+    """What hardware=auto would resolve to here, with what cannot change a result taken from ``hardware``."""
+    return Hardware(
+        device="auto", precision="auto", channels_last=True, compile=False, threads=2, deterministic=False,
+        resident_gib=hardware.resident_gib,
+    ).resolve()  # fmt: skip

@@ -1,0 +1,121 @@
+"""What the removal modules share: their own recipe on top of the victim's, and a start from a copy of the victim."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backdoor_bench.data.augment import Augmentation
+from backdoor_bench.errors import check_choice, check_range
+from backdoor_bench.models.classifier import Classifier
+from backdoor_bench.storage import Checkpoints, digest
+from backdoor_bench.training.config import TrainConfig
+from backdoor_bench.training.fit import fit
+from backdoor_bench.types import DefenderView, ImageSet, Isolation
+
+NO_AUGMENTATION = Augmentation(crop_padding=0, flip=False, rotation=0.0, cutout=0)
+KEY = "defense.removal."
+
+
+def check_recipe(epochs: int, lr: float, momentum: float, weight_decay: float, batch_size: int, schedule: str) -> None:
+    """Raise ConfigError naming defense.removal.<key> for a value out of range."""
+    check_range(KEY + "epochs", epochs, 1, 100_000, integer=True)
+    check_range(KEY + "lr", lr, 0, 1000, low_open=True)
+    check_range(KEY + "momentum", momentum, 0, 1, high_open=True)
+    check_range(KEY + "weight_decay", weight_decay, 0, 1)
+    check_range(KEY + "batch_size", batch_size, 1, 1_000_000, integer=True)
+    check_choice(KEY + "schedule", schedule, ("cosine", "constant"))
+
+
+def recipe(
+    base: TrainConfig,
+    *,
+    epochs: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    batch_size: int,
+    schedule: str,
+    nesterov: bool = False,
+    augment: bool = True,
+) -> TrainConfig:
+    """The victim's recipe with SGD and these values; ``augment=False`` turns augmentation off."""
+    return replace(
+        base,
+        epochs=epochs,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        drop_last=False,
+        optimizer="sgd",
+        nesterov=nesterov,
+        schedule=schedule,
+        milestones=(),
+        warmup_epochs=0.0,
+        label_smoothing=0.0,
+        augment=base.augment if augment else NO_AUGMENTATION,
+    )
+
+
+def run_removal(
+    view: DefenderView,
+    model: Classifier,
+    data: ImageSet,
+    config: TrainConfig,
+    *,
+    isolation: Isolation,
+    settings: Mapping[str, Any],
+    generator: torch.Generator,
+    part: Callable[[Classifier], nn.Module] | None = None,
+    **fit_options: Any,
+) -> Classifier:
+    """Trains ``model`` (already a copy) as the cached stage ``removal``; probes after each epoch.
+
+    settings: the module's own values; they, the recipe and the split name the cache entry. part: which submodule of the
+    model is trained, default all of it.
+    """
+
+    def on_epoch_end(epoch: int, trained: nn.Module, loss: float) -> None:
+        view.probe(trained, stage="removal", epoch=epoch, detail={"loss": loss})
+
+    def train(checkpoints: Checkpoints) -> None:
+        fit(
+            model,
+            data,
+            config,
+            generator=generator,
+            stage="removal",
+            progress=view.progress,
+            trainable=part(model) if part else None,
+            on_epoch_end=on_epoch_end,
+            checkpoints=checkpoints,
+            **fit_options,
+        )
+
+    split = [isolation.flagged.tolist(), None if isolation.trusted is None else isolation.trusted.tolist()]
+    key = {"module": dict(settings), "recipe": config.key(), "split": digest(split)}
+    model.to(view.device)
+    view.stages.fitted("removal", model, train, key)
+    return model.eval()
+
+
+def fresh_copy(model: Classifier) -> Classifier:
+    """A deep copy, so that the given model stays as it is."""
+    return copy.deepcopy(model)
+
+
+def clean_rows(isolation: Isolation) -> Tensor:
+    """int64 rows taken as clean: ``trusted`` where the isolation picked some, else all that is not flagged."""
+    trusted = isolation.trusted if isolation.trusted is not None else ~isolation.flagged
+    return trusted.nonzero().flatten()
+
+
+def flagged_rows(isolation: Isolation) -> Tensor:
+    """int64 rows judged poisoned."""
+    return isolation.flagged.nonzero().flatten()

@@ -1,0 +1,74 @@
+"""D-BR's repair: in each round one pass of ascent on the flagged samples, then one of descent on the clean ones.
+
+One optimiser serves both passes (EBD Algorithm 4, Eqs. 4, 5; SCLBD/Effective_backdoor_defense:unlearn_relearn.py). That
+code keeps the round with the best test ACC - ASR; here the last round counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoor_bench.errors import check_choice
+from backdoor_bench.models.classifier import Classifier
+from backdoor_bench.removal.common import KEY, check_recipe, clean_rows, flagged_rows, fresh_copy, recipe, run_removal
+from backdoor_bench.training.fit import Batch, shuffled
+from backdoor_bench.training.seeds import generator
+from backdoor_bench.types import DefenderView, Facts, Isolation
+
+
+@dataclass(frozen=True)
+class UnlearnRelearn:
+    """epochs: rounds (e_ft). rounds: both|unlearn|relearn, the passes of a round (EBD Fig. 5)."""
+
+    epochs: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    batch_size: int
+    schedule: str
+    augment: bool
+    rounds: str
+
+    def __post_init__(self) -> None:
+        check_recipe(self.epochs, self.lr, self.momentum, self.weight_decay, self.batch_size, self.schedule)
+        check_choice(KEY + "rounds", self.rounds, ("both", "unlearn", "relearn"))
+
+    def check(self, facts: Facts) -> None:
+        """Nothing to refuse: works on any data."""
+
+    def remove(self, view: DefenderView, model: Classifier, isolation: Isolation) -> nn.Module:
+        """A repaired copy of the model; the model itself if there is nothing to unlearn or to relearn."""
+        poisoned, clean = flagged_rows(isolation), clean_rows(isolation)
+        if not len(poisoned) or not len(clean):
+            which = "nothing is flagged" if not len(poisoned) else "no sample is trusted"
+            view.progress.warn(f"{which}: unlearning and relearning are skipped and the victim is returned as it is")
+            return model
+        values = asdict(self)
+        rounds = values.pop("rounds")
+        unlearn, relearn = shuffled(poisoned, self.batch_size), shuffled(clean, self.batch_size)
+        ascends = isolation.flagged.to(view.device)
+
+        def order(epoch: int, stream: torch.Generator) -> list[Tensor]:
+            first = unlearn(epoch, stream) if rounds != "relearn" else []
+            return first + (relearn(epoch, stream) if rounds != "unlearn" else [])
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            # A batch holds samples of one pass only, so its first one tells the direction.
+            sign = 1.0 - 2.0 * ascends[batch.index[0]].float()
+            return sign * F.cross_entropy(model(batch.images), batch.labels)
+
+        return run_removal(
+            view,
+            fresh_copy(model),
+            view.train,
+            recipe(view.train_config, **values),
+            isolation=isolation,
+            settings={"unlearn_relearn": asdict(self)},
+            generator=generator(view.generator.initial_seed(), "unlearn_relearn"),
+            loss_fn=loss_fn,
+            order=order,
+        )

@@ -1,0 +1,247 @@
+"""The one training loop.
+
+What methods differ in goes in as arguments: the loss of a batch, which samples come in which order, which submodule is
+trained, what happens after an epoch. Everything random is drawn on the CPU from one generator, an epoch at a time, so
+that the same seed gives the same batches on every device and a resumed run continues as if never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoor_bench.errors import ConfigError, DataError, Diverged
+from backdoor_bench.storage import Checkpoints, pack_optimizer, unpack_optimizer
+from backdoor_bench.training import interrupt
+from backdoor_bench.training.config import TrainConfig
+from backdoor_bench.types import Images, ImageSet, Progress
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: float [B, 3, H, W] in [0, 1], augmented, on the device. labels: int64 [B]. index: int64 [B], rows of the
+    training set. epoch: counted from 0."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    epoch: int
+
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+Order = Callable[[int, torch.Generator], list[Tensor]]
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> LossFn:
+    """The mean cross-entropy of a batch."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing)
+
+    return loss_fn
+
+
+def shuffled(rows: Tensor, batch_size: int, drop_last: bool = False) -> Order:
+    """Every row once an epoch, in random order, in batches of ``batch_size``."""
+
+    def order(_epoch: int, generator: torch.Generator) -> list[Tensor]:
+        batches = list(rows[torch.randperm(len(rows), generator=generator)].split(batch_size))
+        return batches[:-1] if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size else batches
+
+    return order
+
+
+def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD or Adam with the recipe's constants."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+    )
+
+
+def fit(
+    model: nn.Module,
+    data: ImageSet,
+    config: TrainConfig,
+    *,
+    generator: torch.Generator,
+    stage: str,
+    progress: Progress,
+    loss_fn: LossFn | None = None,
+    order: Order | None = None,
+    trainable: nn.Module | None = None,
+    on_epoch_end: Callable[[int, nn.Module, float], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    stop_after: int | None = None,
+    augment_extra: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+) -> None:
+    """Trains ``model`` in place and leaves it in eval mode.
+
+    data: the training set (labels may be the method's own). generator: CPU generator; its state travels with the
+    checkpoints. stage: name shown and written with the curves. loss_fn: scalar loss of a batch, default cross-entropy.
+    order: the epoch's batches of row numbers, default a shuffle of all rows. trainable: the submodule that is trained;
+    the rest keeps its weights, gets no gradient and stays in eval mode (its batch norms do not move). on_epoch_end:
+    called with (epoch counted from 1, model in eval mode, mean loss). checkpoints: where to resume from and save to.
+    stop_after: stop after this epoch of the same schedule. augment_extra: applied to the augmented float batch.
+
+    Raises Diverged (step and rows of the batch) at the first non-finite loss; Interrupted when asked to stop.
+    """
+    hardware = config.hardware
+    device = torch.device(hardware.device)
+    model.to(device)
+    if hardware.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = resident(data.images, hardware.resident_gib, device)
+    labels = data.labels.to(device)
+    loss_fn = loss_fn or cross_entropy(config.label_smoothing)
+    order = order or shuffled(torch.arange(len(data)), config.batch_size, config.drop_last)
+    trained = trainable if trainable is not None else model
+    last_epoch = min(stop_after or config.epochs, config.epochs)
+
+    with _only_trainable(model, trained) as parameters, torch.random.fork_rng(devices=_devices(device)):
+        optimizer = make_optimizer(config, parameters)
+        start = _resume(checkpoints, model, optimizer, generator, progress) if checkpoints else 0
+        forward = torch.compile(model) if hardware.compile else model
+        with progress.task(stage, total=last_epoch) as advance:
+            advance(start)
+            for epoch in range(start, last_epoch):
+                _set_modes(model, trained)
+                batches = order(epoch, generator)
+                if not batches:
+                    raise ConfigError(
+                        f"{stage}: no batch to train on ({len(data)} samples, batch_size={config.batch_size}, "
+                        f"drop_last={config.drop_last}); lower train.batch_size"
+                    )
+                losses = torch.zeros(len(batches), device=device)
+                rows = torch.cat(batches)
+                drawn = config.augment.draw(len(rows), data.images.shape[-1], generator)
+                drawn = {name: value.to(device) for name, value in drawn.items()}
+                extra_seed = int(torch.randint(2**62, (), generator=generator))
+                extra = torch.Generator().manual_seed(extra_seed)
+                torch.manual_seed(extra_seed)  # dropout draws from the global generator
+                rows_here = rows.to(images.device if isinstance(images, Tensor) else "cpu")
+                done = 0
+                for step, size in enumerate([len(batch) for batch in batches]):
+                    interrupt.raise_if_requested()
+                    part = slice(done, done + size)
+                    done += size
+                    index = rows_here[part]
+                    batch_images = images[index].to(device, non_blocking=True).float().div_(255)
+                    batch_images = config.augment.apply(batch_images, {n: v[part] for n, v in drawn.items()})
+                    if augment_extra is not None:
+                        batch_images = augment_extra(batch_images, extra)
+                    if hardware.channels_last:
+                        batch_images = batch_images.contiguous(memory_format=torch.channels_last)
+                    index = index.to(device)
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.lr_at(epoch, step, len(batches))
+                    optimizer.zero_grad(set_to_none=True)
+                    with hardware.autocast():
+                        loss = loss_fn(forward, Batch(batch_images, labels[index], index, epoch))
+                    loss.backward()
+                    optimizer.step()
+                    losses[step] = loss.detach()
+                mean_loss = _finite_mean(losses, batches, epoch, stage)
+                model.eval()
+                if on_epoch_end is not None:
+                    on_epoch_end(epoch + 1, model, mean_loss)
+                if checkpoints is not None and epoch + 1 < last_epoch and checkpoints.due():
+                    _save(checkpoints, epoch + 1, model, optimizer, generator)
+                advance(1, loss=f"{mean_loss:.3f}")
+    model.eval()
+
+
+def resident(images: Images, limit_gib: float, device: torch.device) -> Images:
+    """The images on the device when they fit into ``limit_gib``, else as they are (batches then travel)."""
+    if isinstance(images, Tensor) and images.numel() <= limit_gib * 2**30:
+        return images.to(device)
+    return images
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+@contextlib.contextmanager
+def _only_trainable(model: nn.Module, trained: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Gradients only for ``trained`` inside; as before afterwards."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained.parameters():
+        parameter.requires_grad_(True)
+    try:
+        yield [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+def _set_modes(model: nn.Module, trained: nn.Module) -> None:
+    model.eval()
+    trained.train()
+
+
+def _finite_mean(losses: Tensor, batches: list[Tensor], epoch: int, stage: str) -> float:
+    """The epoch's mean loss. Looking once an epoch spares a device synchronisation every step; nothing of the epoch
+    was saved yet, so the last checkpoint is still good."""
+    values = losses.cpu()
+    bad = (~torch.isfinite(values)).nonzero().flatten()
+    if len(bad):
+        step = int(bad[0])
+        rows = batches[step].tolist()
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        raise Diverged(
+            f"{stage}: the loss became {values[step].item()} at epoch {epoch + 1}, step {step + 1} of {len(values)} "
+            f"(training rows {shown}); lower the learning rate; the last good checkpoint is kept"
+        )
+    return float(values.double().mean())
+
+
+def _save(
+    checkpoints: Checkpoints,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> None:
+    tensors = {f"model/{name}": value.clone() for name, value in model.state_dict().items()}
+    optim_tensors, plain = pack_optimizer(optimizer)
+    tensors |= optim_tensors
+    tensors["generator"] = generator.get_state()
+    checkpoints.save(epoch, tensors, {"optimizer": plain})
+
+
+def _resume(
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    progress: Progress,
+) -> int:
+    """Loads the newest good checkpoint; returns the number of epochs already done."""
+    bundle = checkpoints.load(progress.warn)
+    if bundle is None:
+        return 0
+    weights = {name[6:]: value for name, value in bundle.tensors.items() if name.startswith("model/")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"the checkpoint in {checkpoints.folder} does not fit the model: {error}") from error
+    unpack_optimizer(optimizer, bundle.tensors, bundle.meta["optimizer"])
+    generator.set_state(bundle.tensors["generator"])
+    epoch = int(bundle.meta["epoch"])
+    progress.say(f"resuming after epoch {epoch}")
+    return epoch
+
+
+def epochs_for_steps(steps: int, steps_per_epoch: int) -> int:
+    """The first epoch (counted from 1) after which at least ``steps`` steps were made."""
+    return max(1, math.ceil(steps / steps_per_epoch))

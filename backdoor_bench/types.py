@@ -1,0 +1,236 @@
+"""What every part speaks: the data that travels and the protocols that methods fulfil.
+
+Nothing is inherited: a method is a frozen dataclass whose fields are its hyper-parameters and which has the one public
+method of its protocol. Images are uint8 ``[N, 3, H, W]`` where they are stored or stamped, and float in [0, 1] where a
+model computes on them (normalisation is the model's first layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from backdoor_bench.cache import Stages
+    from backdoor_bench.models.classifier import Classifier
+    from backdoor_bench.training.config import TrainConfig
+
+
+class Images(Protocol):
+    """What can stand where images stand: a uint8 tensor ``[N, 3, H, W]``, or a memory-mapped set that acts like one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels as given.
+
+    images: uint8 ``[N, 3, H, W]`` (tensor, or memory-mapped: index it with an int64 tensor or a slice, get a tensor).
+    labels: int64 ``[N]`` in 0..num_classes-1.
+    """
+
+    images: Images
+    labels: Tensor
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a loader returns.
+
+    test is None when the data come without one (a user's folder). file_names: one a training row, or None.
+    known_poison, known_cover, true_labels: what a user says of the training rows (bool[N], bool[N], int64[N]) or None.
+    """
+
+    train: ImageSet
+    test: ImageSet | None
+    class_names: tuple[str, ...]
+    file_names: tuple[str, ...] | None = None
+    known_poison: Tensor | None = None
+    known_cover: Tensor | None = None
+    true_labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be known before any data are read; a method's ``check(facts)`` refuses what cannot work.
+
+    num_classes and train_size are None where only the data tell (``dataset=folder``).
+    """
+
+    num_classes: int | None
+    image_size: int
+    train_size: int | None
+    epochs: int
+    steps_per_epoch: int | None
+    holdout_size: int = 0
+
+
+class Trigger(Protocol):
+    """uint8 ``[B, 3, H, W]`` -> a new uint8 tensor of the same shape; ``index`` int64 [B] are row numbers of the set the
+    images come from, for triggers that differ a sample. The input is never changed."""
+
+    def __call__(self, images: Tensor, index: Tensor | None = None) -> Tensor: ...
+
+
+LabelRule = Callable[[Tensor], Tensor]  # int64 [B] true labels -> int64 [B] labels the attacker wants
+Pool = Callable[[Tensor], Tensor]  # int64 [B] true labels -> bool [B], True = counts for the ASR
+
+
+@dataclass(frozen=True)
+class TestCase:
+    """One triggered test set: these images (``pool``), this stamp, this wanted label."""
+
+    __test__ = False  # not a pytest class
+
+    name: str
+    trigger: Trigger
+    label_rule: LabelRule
+    pool: Pool
+    target_class: int | None = None  # the one class the attacker wants, None where there are several
+
+
+@dataclass(frozen=True)
+class PoisonedSet:
+    """A poisoned training set with the truth about it (which only the evaluator sees).
+
+    is_poisoned: bool[N], trigger and attacker's label. is_cover: bool[N], trigger but true label.
+    true_labels: int64[N]. trigger_id: int64[N], -1 where no trigger. originals: clean pixels of the first rows in
+    ``example_index`` for the picture of clean/poisoned pairs.
+    """
+
+    train: ImageSet
+    is_poisoned: Tensor
+    is_cover: Tensor
+    true_labels: Tensor
+    trigger_id: Tensor
+    tests: tuple[TestCase, ...]
+    example_index: Tensor
+    originals: Tensor
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    train_loss: Callable[..., Tensor] | None = None
+
+
+class Progress(Protocol):
+    """Reports long work: ``with progress.task("embedding", total=5) as advance: advance()``."""
+
+    def task(self, name: str, total: int) -> AbstractContextManager[Callable[..., None]]: ...
+    def say(self, message: str) -> None: ...
+    def warn(self, message: str) -> None: ...
+
+
+class Probe(Protocol):
+    """Records the metrics of a model (and of a flagged set) at this point of a method; returns nothing, so that nothing
+    can be chosen by it. ``stage`` names the curve, ``epoch`` its x value, ``detail`` holds what else belongs to the
+    point: numbers for the curve (``loss``), or a map for a picture (``points`` float[N, 2], ``clusters`` int64[N],
+    ``suspicious`` list of cluster ids, ``report`` plain values)."""
+
+    def __call__(
+        self,
+        model: nn.Module | None = None,
+        flagged: Tensor | None = None,
+        *,
+        stage: str,
+        epoch: int,
+        detail: Mapping[str, Any] | None = None,
+    ) -> None: ...
+
+
+class Victim(Protocol):
+    """``victim()`` -> the model trained without defence; ``victim(snapshots=[3, 5])`` -> the models after these epochs.
+    Trained once, then loaded; every call returns fresh copies on the device, in eval mode."""
+
+    def __call__(self, snapshots: Sequence[int] | None = None) -> Any: ...
+
+
+@dataclass(frozen=True)
+class AttackerView:
+    """All an attack may see. ``train`` is the clean training set (without a reserved holdout)."""
+
+    train: ImageSet
+    num_classes: int
+    new_model: Callable[[int], Classifier]
+    train_config: TrainConfig
+    generator: torch.Generator  # on the CPU, for the choice of samples and everything random in the trigger
+    stages: Stages
+    assets: Path | None
+    device: torch.device
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class DefenderView:
+    """All a defence may see: no test data, no poison mask, no attack name."""
+
+    train: ImageSet
+    holdout: ImageSet | None
+    num_classes: int
+    new_model: Callable[[int], Classifier]
+    victim: Victim
+    train_config: TrainConfig
+    generator: torch.Generator
+    stages: Stages
+    probe: Probe
+    device: torch.device
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """Which training samples look poisoned.
+
+    flagged: bool[N]. trusted: bool[N] picked as clean, None = the complement of flagged. score: float[N], higher = more
+    suspicious, or None. extra: plain numbers, strings, lists, dicts for result.json.
+    """
+
+    flagged: Tensor
+    trusted: Tensor | None = None
+    score: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DefenseResult:
+    """model: float ``[B, 3, H, W]`` in [0, 1] -> logits (C, or C+1 with the dummy class last); evaluated and saved.
+    flagged, trusted, score, extra: as in Isolation. candidates: models among which the evaluator picks when
+    ``select=oracle``."""
+
+    model: nn.Module
+    flagged: Tensor | None = None
+    trusted: Tensor | None = None
+    score: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    candidates: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+class Attack(Protocol):
+    def check(self, facts: Facts) -> None: ...
+    def poison(self, view: AttackerView) -> PoisonedSet: ...
+
+
+class Defense(Protocol):
+    def check(self, facts: Facts) -> None: ...
+    def defend(self, view: DefenderView) -> DefenseResult: ...
+
+
+class IsolationMethod(Protocol):
+    def check(self, facts: Facts) -> None: ...
+    def isolate(self, view: DefenderView) -> Isolation: ...
+
+
+class RemovalMethod(Protocol):
+    def check(self, facts: Facts) -> None: ...
+    def remove(self, view: DefenderView, model: Classifier, isolation: Isolation) -> nn.Module: ...

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""One experiment: compose -> load -> poison -> defend -> evaluate -> save. The only place where all parts meet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from backdoor_bench.plan import Plan
+    from backdoor_bench.results import RunFolder
+
+
+def job(plan: Plan) -> Path:
+    """One job; returns the path of its result.json."""
+    from backdoor_bench.results import RunFolder
+
+    with RunFolder(plan.run_dir, plan.config) as folder:
+        if folder.finished() is not None and not plan.redo:
+            print(f"already done, nothing to do (resume.redo=true makes it again): {folder.path}")
+            return folder.path / "result.json"
+        folder.begin()
+        return experiment(plan, folder)
+
+
+def experiment(plan: Plan, folder: RunFolder) -> Path:
+    """The experiment itself, with its evidence written to ``folder``."""
+    from backdoor_bench import assemble
+    from backdoor_bench.reporting.run import Report
+    from backdoor_bench.training.interrupt import raise_if_requested
+
+    start = time.perf_counter()
+    plan.hardware.apply()
+    with Report(plan, folder) as report:
+        dataset, holdout = assemble.load(plan, report.progress)
+        run = assemble.prepare_run(plan, dataset, report.progress, report.seconds)
+        poisoned = plan.attack.poison(assemble.attacker_view(run, dataset))
+        poisoned = assemble.with_holdout(plan, poisoned, holdout)
+        report.poisoned(dataset, poisoned)
+        raise_if_requested()
+
+        evaluator = assemble.evaluator_for(run, dataset, poisoned)
+        view = assemble.defender_view(run, poisoned, holdout, report.recorder(evaluator))
+        result = plan.defense.defend(view)
+        raise_if_requested()
+
+        metrics = evaluator.model_metrics(result.model)
+        metrics |= evaluator.isolation_metrics(result.flagged, result.trusted, result.score)
+        undefended = evaluator.model_metrics(view.victim()) if view.victim.is_cached() else None
+        clean = assemble.clean_victim(run, dataset, evaluator)
+        wanted = plan.floor == "train" or (plan.floor == "auto" and clean.is_cached())
+        floor = evaluator.model_metrics(clean())["asr"] if wanted and evaluator.tests else None
+        return report.finish(result, metrics, undefended, floor, time.perf_counter() - start)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    from backdoor_bench import launch
+
+    conf = Path(__file__).resolve().parent / "conf"
+    return launch.main(job, conf, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
