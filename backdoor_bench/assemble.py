@@ -27,7 +27,6 @@ from backdoor_bench.types import (
     ImageSet,
     PoisonedSet,
     Progress,
-    TestCase,
 )
 
 
@@ -101,7 +100,8 @@ def prepare_run(plan: Plan, dataset: Dataset, progress: Progress, seconds: dict[
         part.check(facts)
     if plan.train.batch_size > len(dataset.train):
         progress.warn(
-            f"train.batch_size={plan.train.batch_size} exceeds the {len(dataset.train)} training images: one batch an epoch"
+            f"train.batch_size={plan.train.batch_size} exceeds the {len(dataset.train)} training images: "
+            "one batch an epoch"
         )
 
     def new_model(num_classes: int) -> Classifier:
@@ -171,15 +171,14 @@ def truth_of(dataset: Dataset, poisoned: PoisonedSet, poisons: bool) -> Truth:
     return Truth(torch.cat([dataset.known_poison, none]), torch.cat([cover, none]))
 
 
-def evaluator_for(run: Run, dataset: Dataset, poisoned: PoisonedSet, tests: tuple[TestCase, ...] | None = None) -> Evaluator:
+def evaluator_for(run: Run, dataset: Dataset, poisoned: PoisonedSet) -> Evaluator:
     """The evaluator, its test set on the device."""
     hardware = run.plan.hardware
     test = dataset.test
     if test is not None:
         test = replace(to_device(test, torch.device(hardware.device)), labels=test.labels)
     truth = truth_of(dataset, poisoned, run.plan.poisons)
-    cases = poisoned.tests if tests is None else tests
-    return Evaluator(test, cases, truth, dataset.train.num_classes, hardware)
+    return Evaluator(test, poisoned.tests, truth, dataset.train.num_classes, hardware)
 
 
 def defender_view(run: Run, poisoned: PoisonedSet, holdout: ImageSet | None, recorder: Recorder) -> DefenderView:

@@ -100,9 +100,7 @@ class Stages:
         self._book(bundle)
         return Bundle(bundle.tensors, bundle.meta["value"])
 
-    def tensors(
-        self, name: str, build: Callable[[], Mapping[str, Tensor]], settings: Any = None
-    ) -> dict[str, Tensor]:
+    def tensors(self, name: str, build: Callable[[], Mapping[str, Tensor]], settings: Any = None) -> dict[str, Tensor]:
         """As keep, for steps that make tensors only."""
         return self.keep(name, lambda: (build(), {}), settings).tensors
 
@@ -123,7 +121,8 @@ class Stages:
             if bundle is None:
                 checkpoints = self._checkpoints(entry)
                 train(checkpoints)
-                save_state(entry / "bundle", model.state_dict(), {"value": {}, "seconds": {name: checkpoints.seconds()}})
+                took = {name: checkpoints.seconds()}
+                save_state(entry / "bundle", model.state_dict(), {"value": {}, "seconds": took})
                 checkpoints.clear()
                 bundle = load_bundle(entry / "bundle")
             else:

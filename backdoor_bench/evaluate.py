@@ -12,30 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backdoor_bench.inference import predict
 from backdoor_bench.training.hardware import Hardware
-from backdoor_bench.types import Images, ImageSet, TestCase
-
-BATCH = 1024
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Images, hardware: Hardware, batch_size: int = BATCH) -> Tensor:
-    """The predicted class of every image, int64 [N] on the CPU (the dummy class of TRAP is class C).
-
-    images: uint8 [N, 3, H, W]. The model's train/eval mode is restored.
-    """
-    device = torch.device(hardware.device)
-    before = model.training
-    model.eval()
-    predictions = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].to(device).float().div_(255)
-        if hardware.channels_last:
-            batch = batch.contiguous(memory_format=torch.channels_last)
-        with hardware.autocast():
-            predictions.append(model(batch).argmax(1))
-    model.train(before)
-    return torch.cat(predictions).cpu() if predictions else torch.empty(0, dtype=torch.int64)
+from backdoor_bench.types import ImageSet, TestCase
 
 
 def detection_metrics(

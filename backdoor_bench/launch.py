@@ -43,7 +43,7 @@ def main(task: Task, conf: Path, argv: list[str]) -> int:
     show_trace = "--traceback" in argv
     argv = [_subgroup(word) for word in argv if word != "--traceback"]
     try:
-        return _run(task, conf, argv)
+        return _run(task, conf, argv, show_trace)
     except BenchError as error:
         return fail(str(error), error.exit_code, show_trace)
     except KeyboardInterrupt:
@@ -65,27 +65,29 @@ def fail(message: str, code: int, show_trace: bool) -> int:
     return code
 
 
-def _run(task: Task, conf: Path, argv: list[str]) -> int:
+def _run(task: Task, conf: Path, argv: list[str], show_trace: bool) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     check_command(conf, [word for word in argv if not word.startswith("-") or "=" in word])
-    failures: list[tuple[str, BenchError]] = []
+    # Errors are raised when Hydra has returned: it prints "Error executing job" over whatever passes through it.
+    failures: list[tuple[str, Exception]] = []
     done: list[Path] = []
 
     def job(config: DictConfig) -> None:
         state = HydraConfig.get()
-        sweep = state.mode == RunMode.MULTIRUN
         overrides = list(state.overrides.task)
-        refuse_foreign_targets(config)
+        sweep = state.mode == RunMode.MULTIRUN
+        if any(getattr(error, "exit_code", 1) == 7 for _, error in failures):
+            return  # asked to stop: the remaining jobs of the sweep are left for the next time
         try:
+            refuse_foreign_targets(config)
             result = guarded(task, config, overrides, sweep, dict(state.runtime.choices))
-        except BenchError as error:
-            if not sweep or error.exit_code == 7:
-                raise
+        except Exception as error:
             failures.append((" ".join(overrides), error))
-            print(f"failed: {' '.join(overrides)}: {error}", file=sys.stderr)
+            if sweep:
+                fail(f"{' '.join(overrides)}: {error}", 8, show_trace)
             return
         done.append(result)
         print(f"result: {result}", flush=True)
@@ -97,7 +99,10 @@ def _run(task: Task, conf: Path, argv: list[str]) -> int:
     finally:
         sys.argv = before
     if failures:
-        lines = "\n".join(f"  {name}\n    {error}" for name, error in failures)
+        stopped = getattr(failures[-1][1], "exit_code", 1) == 7
+        if stopped or len(failures) + len(done) == 1:
+            raise failures[-1][1]
+        lines = "\n".join(f"  {name}\n    {type(error).__name__}: {error}" for name, error in failures)
         raise SweepFailed(f"{len(failures)} of {len(failures) + len(done)} jobs failed, the others finished:\n{lines}")
     return 0
 
@@ -149,7 +154,7 @@ def check_command(conf: Path, overrides: list[str]) -> None:
             if not values:
                 raise ConfigError(f"{text} sweeps over no value: the sweep is empty")
             jobs *= len(values)
-            single += [f"{override.input_line.split('=', 1)[0]}={value}" for value in values[:1]]
+            single.append(f"{text.split('=', 1)[0]}={values[0]}")
         else:
             single.append(text)
     if jobs > MAX_JOBS:
@@ -212,6 +217,8 @@ def explain(error: Exception, conf: Path) -> str | None:
         if found:
             key = found.group(1)
             known = known_keys(conf)
+            if key in known:
+                return f"{key} does not exist with the groups chosen here (another attack, defense, ... has it)"
             return f"{key} is no key of the configuration{_nearest(key, known)}; python run.py --help lists the groups"
         return text
     return None
@@ -264,7 +271,7 @@ def help_text(conf: Path) -> str:
         "       python run.py -m GROUP=CHOICE,CHOICE,... seed=0,1,2     every combination; what is done is skipped",
         "",
         "examples:",
-        "  python run.py                                               badnets against trap on the embedded data, 2 min",
+        "  python run.py                                               badnets against trap, embedded data, 2 min",
         "  python run.py attack=sig defense=no_defense seed=1          the same without defence",
         "  python run.py dataset=cifar10 dataset.root=DIR dataset.limit=10000",
         "  python run.py dataset=folder dataset.root=DIR attack=none   clean an untrusted folder of images",
@@ -282,7 +289,7 @@ def help_text(conf: Path) -> str:
         lines += [f"  {name:<{width}}  {about}".rstrip() for name, about in choices]
         lines.append("")
     lines += [
-        "further keys: seed, output_root, holdout.size, holdout.source, train.* (recipe), evaluation.floor, resume.redo,",
+        "further keys: seed, output_root, holdout.size, holdout.source, train.* (recipe), resume.redo",
         "  and every key of the chosen files: dataset.limit, attack.poison_rate, defense.isolation.eps, ...",
         "exit codes: 0 done, 1 bug, 2 configuration, 3 data, 4 diverged, 5 out of memory, 6 disk, 7 interrupted,",
         "  8 some jobs of a sweep failed. --traceback shows where an error came from.",

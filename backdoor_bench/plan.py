@@ -83,7 +83,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
             raise ConfigError(f"{key} holds a NUL character: give a folder's name")
 
     hardware = instantiate(config.hardware).resolve()
-    train = instantiate(config.train, hardware=hardware)
+    train = instantiate(config.train, _partial_=True)(hardware=hardware)  # passed to instantiate it would become a dict
     dataset = instantiate(config.dataset)
     model = instantiate(config.model)
     attack = instantiate(config.attack)
@@ -100,9 +100,9 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
             "choose the attack's static form or a defence that trains plainly (no_defense, trap)"
         )
 
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    plain = {str(key): value for key, value in plain.items() if key != "hydra"}
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    plain: dict[str, Any] = {str(key): value for key, value in resolved.items() if key != "hydra"}
     names = {group: str(choices[group]) for group in ("dataset", "model", "attack", "defense")}
     plain["names"] = names
     plain["paper"], plain["budget"] = choices.get("paper"), choices.get("budget")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 LINE_SECONDS = 10.0  # without a terminal: at most one line a task in this time
-_TABLE_WIDTH = 100  # of tables in the log and where the terminal does not tell its width
+_TABLE_WIDTH = 100  # of tables in the log and where there is no terminal that tells its width
 
 # File names of an untrusted folder reach the terminal: escape sequences in them must not.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -77,11 +77,14 @@ class RichProgress:
         from rich.console import Console
 
         plain = Console(file=StringIO(), width=_TABLE_WIDTH, color_system=None, force_terminal=False)
-        plain.print(renderable)
-        # Without a terminal rich assumes 80 columns, too few for a table of three.
-        self.console.print(renderable, width=None if self.console.is_terminal else _TABLE_WIDTH)
-        assert isinstance(plain.file, StringIO)
-        self._log(plain.file.getvalue().rstrip("\n"))
+        with plain.capture() as capture:
+            plain.print(renderable)
+        text = capture.get().rstrip("\n")
+        if self.console.is_terminal:
+            self.console.print(renderable)
+        else:
+            self._print(text)
+        self._log(text)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[..., None]]:

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_bench.errors import ConfigError, DataError
-from backdoor_bench.storage import canonical, digest, load_bundle, remove_stale_temporaries, save_state, write_json, write_text
+from backdoor_bench.storage import (
+    canonical,
+    digest,
+    load_bundle,
+    remove_stale_temporaries,
+    save_state,
+    write_json,
+    write_text,
+)
 
 SCHEMA = 1
 # What may differ between two runs that compute the same.
@@ -86,7 +94,7 @@ class RunFolder:
             holder = self._read(self.path / ".holder") or "another process"
             raise ConfigError(f"{self.path} is in use by {holder}; wait for it or set another output_root") from None
         except OSError as error:
-            raise DiskError(f"cannot write to {self.path}: {error}; set output_root to a folder you may write") from error
+            raise DiskError(f"cannot write to {self.path}: {error}; set another output_root") from error
         try:
             remove_stale_temporaries(self.path)
             write_text(self.path / ".holder", f"process {os.getpid()} on {socket.gethostname()}")
@@ -156,7 +164,7 @@ class RunFolder:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """A CSV of ``rows``, written atomically; None becomes an empty cell, text that a spreadsheet would run is quoted."""
+    """A CSV of ``rows``, written atomically; None is an empty cell, text that a spreadsheet would run is disarmed."""
     from backdoor_bench.reporting.summary import csv_safe
 
     names = list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row))

@@ -1,20 +1,22 @@
 """Weights & Biases as a mirror of the run folder. The only module that imports wandb.
 
-All calls of wandb happen in one daemon thread that takes them from a queue: a run never waits for W&B before its end, and
-there at most ``finish_timeout`` seconds. Whatever W&B does wrong ends in one warning and a run without it.
+All calls of wandb happen in one daemon thread that takes them from a queue: a run never waits for W&B before its end,
+and there at most ``finish_timeout`` seconds. Whatever W&B does wrong ends in one warning and a run without it.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 from backdoor_bench.errors import ConfigError, DiskError, check_choice, check_range
 from backdoor_bench.storage import write_text
@@ -57,6 +59,7 @@ class Tracker:
         self._open_run = open_run
         self._finish_timeout = finish_timeout
         self._warn = warn
+        self._given_up = False
         self._jobs: SimpleQueue[Callable[[Any], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         if open_run is not None:
@@ -89,8 +92,8 @@ class Tracker:
 
             with path_to_csv.open(newline="", encoding="utf-8") as file:
                 rows = csv.reader(file)
-                header = next(rows)
-                data = [row for row, _ in zip(rows, range(max_rows), strict=False)]
+                header: list[Any] = next(rows)
+                data: list[Any] = [row for row, _ in zip(rows, range(max_rows), strict=False)]
             run.log({name: wandb.Table(columns=header, data=data)})
 
         self._put(job)
@@ -111,11 +114,12 @@ class Tracker:
         thread, self._thread = self._thread, None
         thread.join(self._finish_timeout)
         if thread.is_alive():
+            self._given_up = True
             self._warn(
                 f"W&B was not done after tracking.finish_timeout={self._finish_timeout:g} s and is left alone; "
                 "this run's results are complete, its copy at W&B may not be (wandb sync can send it later)"
             )
-            _abandon()
+            _leave_service()
 
     def _put(self, job: Callable[[Any], None]) -> None:
         if self._thread is not None:
@@ -130,7 +134,8 @@ class Tracker:
             try:
                 job(run)
             except Exception as error:
-                self._warn(f"W&B failed ({_reason(error)}); the run goes on without it")
+                if not self._given_up:
+                    self._warn(f"W&B failed ({_reason(error)}); the run goes on without it")
                 run = None
 
 
@@ -174,12 +179,16 @@ def _open(config: TrackingConfig, arguments: Mapping[str, Any], warn: Callable[[
     try:
         import wandb
     except Exception as error:  # a broken installation raises more than ImportError
-        warn(f"tracking={config.mode} needs the package wandb, which cannot be imported ({_reason(error)}); tracking is "
-             "off for this run: pip install wandb, or set tracking=disabled")
+        warn(
+            f"tracking={config.mode} needs the package wandb, which cannot be imported ({_reason(error)}); tracking is "
+            "off for this run: pip install wandb, or set tracking=disabled"
+        )
         return None
-    modes = ["online", "offline"] if config.mode == "online" else ["offline"]
+    modes: list[Literal["online", "offline"]] = ["online", "offline"] if config.mode == "online" else ["offline"]
     for mode in modes:
         try:
+            # A helper process inherited from a parent process may end with it, and cannot be left: use one of our own.
+            os.environ.pop("WANDB_SERVICE", None)
             # Login reads the settings of the session, not those of init: silent there keeps it from asking for a key.
             wandb.setup(settings=_settings(wandb, config))
             run = wandb.init(
@@ -198,6 +207,7 @@ def _open(config: TrackingConfig, arguments: Mapping[str, Any], warn: Callable[[
                     f"W&B cannot be used online ({_reason(error)}); this run is tracked offline: check `wandb login` "
                     "and the network, or send the files later with wandb sync"
                 )
+                _leave_service()  # it may go on trying to reach W&B, and holds the run's id
             else:
                 warn(f"W&B could not start ({_reason(error)}); tracking is off for this run")
     return None
@@ -240,12 +250,15 @@ def _run_id(path: Path) -> str:
     return run_id
 
 
-def _abandon() -> None:
-    """Take back wandb's exit hook, which would wait for what has just been given up. Its teardown does so first and may
-    then hang, therefore in a thread."""
-    import wandb
+def _leave_service() -> None:
+    """Let wandb's helper process be: the next run starts another one, and our exit does not wait for it.
 
-    thread = threading.Thread(target=wandb.teardown, name="tracking-teardown", daemon=True)
+    wandb.teardown unhooks the process first and then waits for it, possibly for ever, therefore in a thread.
+    """
+    teardown = getattr(sys.modules.get("wandb"), "teardown", None)  # no import: one that hangs would hold us as well
+    if teardown is None:
+        return
+    thread = threading.Thread(target=teardown, name="tracking-teardown", daemon=True)
     thread.start()
     thread.join(_TEARDOWN_SECONDS)
 

@@ -80,8 +80,8 @@ class Facts:
 
 
 class Trigger(Protocol):
-    """uint8 ``[B, 3, H, W]`` -> a new uint8 tensor of the same shape; ``index`` int64 [B] are row numbers of the set the
-    images come from, for triggers that differ a sample. The input is never changed."""
+    """uint8 ``[B, 3, H, W]`` -> a new uint8 tensor of the same shape; ``index`` int64 [B] are the row numbers in the
+    set that the images come from, for triggers that differ a sample. The input is never changed."""
 
     def __call__(self, images: Tensor, index: Tensor | None = None) -> Tensor: ...
 
@@ -136,7 +136,7 @@ class Probe(Protocol):
     """Records the metrics of a model (and of a flagged set) at this point of a method; returns nothing, so that nothing
     can be chosen by it. ``stage`` names the curve, ``epoch`` its x value, ``detail`` holds what else belongs to the
     point: numbers for the curve (``loss``), or a map for a picture (``points`` float[N, 2], ``clusters`` int64[N],
-    ``suspicious`` list of cluster ids, ``report`` plain values)."""
+    ``flagged`` bool[N], ``report`` plain values: ``epoch``, ``eps``, ``suspicious`` ids, ``table``, ``map``)."""
 
     def __call__(
         self,
@@ -154,6 +154,7 @@ class Victim(Protocol):
     Trained once, then loaded; every call returns fresh copies on the device, in eval mode."""
 
     def __call__(self, snapshots: Sequence[int] | None = None) -> Any: ...
+    def is_cached(self) -> bool: ...
 
 
 @dataclass(frozen=True)

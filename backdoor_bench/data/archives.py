@@ -52,7 +52,7 @@ def extract(archive: Path, into: Path, *, max_bytes: int = MAX_BYTES, max_ratio:
         except OSError as error:
             if error.errno is None:  # gzip and lzma report damage so
                 raise DataError(f"{archive} is damaged: {error}; fetch it again") from error
-            raise DiskError(f"could not unpack {archive} into {into}: {error.strerror}; free space and retry") from error
+            raise DiskError(f"could not unpack {archive} into {into}: {error.strerror}; free space") from error
         tops = sorted(path.name for path in Path(scratch).iterdir())
         for name in tops:
             if (into / name).exists():

@@ -1,4 +1,4 @@
-"""Random crop, flip, rotation and cutout as batched tensor code: every sample has its own draw, no loop over samples."""
+"""Random crop, flip, rotation and cutout as batched tensor code; every sample has its own draw."""
 
 from __future__ import annotations
 

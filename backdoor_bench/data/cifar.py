@@ -132,6 +132,8 @@ class CIFAR:
                 raise DataError(f"{path} has no uint8 array data of [N, 3072]; fetch the data again")
             pixels.append(torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()))
             labels.append(_labels(batch.get(layout.label_key), path, layout.label_key))
+            if len(labels[-1]) != len(data):  # told here: one batch's surplus could hide another's lack
+                raise DataError(f"{path} has {len(data)} images but {len(labels[-1])} labels; fetch the data again")
         return ImageSet(torch.cat(pixels), torch.cat(labels), self.num_classes)
 
     def _class_names(self, folder: Path, layout: _Layout) -> list[str]:

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +89,20 @@ def check_count(loader: Loader, found: int, part: str, where: Path) -> None:
         )
 
 
+def limited_rows(loader: Loader, labels: Tensor, num_classes: int, part: str) -> Tensor | None:
+    """The rows that ``loader.limit`` (or test_limit, for the ``part`` test) leaves, or None when it leaves all.
+
+    Loaders of image files ask before they decode. Raises ConfigError when a class would have no training image.
+    """
+    limit = loader.limit if part == "train" else loader.test_limit
+    if limit is None or limit >= len(labels):
+        return None
+    if part == "train" and limit < num_classes:
+        raise ConfigError(f"dataset.limit={limit} is not allowed: it must be >= {num_classes}, one image a class")
+    generator = torch.Generator().manual_seed(2 * loader.seed + (part == "test"))
+    return stratified_subset(labels, limit, generator)
+
+
 def finish(
     loader: Loader,
     train: ImageSet,
@@ -105,14 +118,9 @@ def finish(
 
     Per-row arguments have one entry a training row. Raises DataError as ``validate`` does.
     """
-    generator = torch.Generator().manual_seed(loader.seed)
     validate(train, f"{loader.name} (train)")
-    if loader.limit is not None and loader.limit < len(train):
-        if loader.limit < train.num_classes:
-            raise ConfigError(
-                f"dataset.limit={loader.limit} is not allowed: it must be >= {train.num_classes}, one image a class"
-            )
-        index = stratified_subset(train.labels, loader.limit, generator)
+    index = limited_rows(loader, train.labels, train.num_classes, "train")
+    if index is not None:
         train = select(train, index)
         file_names = None if file_names is None else [file_names[row] for row in index.tolist()]
         known_poison = None if known_poison is None else known_poison[index]
@@ -120,10 +128,10 @@ def finish(
         true_labels = None if true_labels is None else true_labels[index]
     if test is not None:
         validate(test, f"{loader.name} (test)", every_class=False)
-        if loader.test_limit is not None and loader.test_limit < len(test):
-            test = select(test, stratified_subset(test.labels, loader.test_limit, generator))
+        test_index = limited_rows(loader, test.labels, test.num_classes, "test")
+        test = test if test_index is None else select(test, test_index)
     return Dataset(
-        train=replace(train, labels=train.labels.contiguous()),
+        train=train,
         test=test,
         class_names=tuple(class_names),
         file_names=None if file_names is None else tuple(file_names),

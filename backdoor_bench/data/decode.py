@@ -27,6 +27,7 @@ from backdoor_bench.types import Images, Progress
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # Pillow knows many more, some of them old and fragile
 _CHUNK = 512  # images in flight: bounds memory, and the delay until the first bad file stops the run
+_PILLOW_LIMIT = 178_956_970  # Pillow itself refuses more
 _VERSION = 1  # raise when a rule below changes, so that cached arrays are made again
 
 
@@ -49,7 +50,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         check_choice("dataset.resize", self.resize, ("squash", "crop"))
-        check_range("dataset.max_pixels", self.max_pixels, 4, 2**31, integer=True)
+        check_range("dataset.max_pixels", self.max_pixels, 4, _PILLOW_LIMIT, integer=True)
         check_choice("dataset.on_error", self.on_error, ("stop", "skip"))
         check_range("dataset.memory_limit_gib", self.memory_limit_gib, 0, 2**20)
 
@@ -148,7 +149,9 @@ class Decoder:
             problems = self._fill(array, root, names, progress)
             array.flush()
             del array
-            write_json(record, {"sha256": _sha256(temporary), "problems": [[k, v] for k, v in sorted(problems.items())]})
+            write_json(
+                record, {"sha256": _sha256(temporary), "problems": [[k, v] for k, v in sorted(problems.items())]}
+            )
             temporary.replace(path)
         except OSError as error:
             reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)

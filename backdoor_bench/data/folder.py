@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backdoor_bench.data.common import check_count, check_fields, finish, warn
+from backdoor_bench.data.common import check_fields, finish, warn
 from backdoor_bench.data.decode import Decoder, printable
-from backdoor_bench.data.tree import list_images, subfolders
+from backdoor_bench.data.tree import list_images, read_images, subfolders
 from backdoor_bench.errors import ConfigError, DataError
-from backdoor_bench.types import Dataset, ImageSet, Progress
+from backdoor_bench.types import Dataset, Progress
 
 _SPLITS = ("train", "test", "val")
 
@@ -69,27 +69,21 @@ class FolderDataset:
         names, labels, ignored = list_images(root, base, classes)
         if ignored:
             warn(progress, f"{ignored} files below {root / base} have no image suffix and are left out")
-        check_count(self, len(names), "train", root / base)
         empty = sorted(set(range(len(classes))) - set(labels))
         if empty:
             raise DataError(f"{root / base / classes[empty[0]]} holds no images; add some or remove the folder")
-        images, kept = self._decoder().decode(root, names, progress)
-        kept_labels = torch.tensor([labels[row] for row in kept], dtype=torch.int64)
-        kept_names = [names[row] for row in kept]
+        decoder = self._decoder()
+        train, kept_names = read_images(self, decoder, root, names, labels, len(classes), "train", progress)
         test = None
         if test_base is not None:
             unknown = sorted(set(subfolders(root / test_base)) - set(classes))
             if unknown:
                 raise DataError(f"{root / test_base / unknown[0]} is a class that the training folder does not have")
             test_names, test_labels, _ = list_images(root, test_base, classes)
-            check_count(self, len(test_names), "test", root / test_base)
-            test_images, test_kept = self._decoder().decode(root, test_names, progress)
-            test_label = torch.tensor([test_labels[row] for row in test_kept], dtype=torch.int64)
-            test = ImageSet(test_images, test_label, len(classes))
+            test, _ = read_images(self, decoder, root, test_names, test_labels, len(classes), "test", progress)
         known: dict[str, Tensor] = {}
         if self.truth is not None:
-            known = read_truth(root / Path(self.truth).expanduser(), kept_names, kept_labels, classes, names)
-        train = ImageSet(images, kept_labels, len(classes))
+            known = read_truth(root / Path(self.truth).expanduser(), kept_names, train.labels, classes, names)
         return finish(self, train, test, classes, file_names=kept_names, **known)
 
     def _decoder(self) -> Decoder:

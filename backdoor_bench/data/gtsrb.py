@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from backdoor_bench.data.common import check_count, check_fields, check_flag, find_folder, find_root, finish
+from backdoor_bench.data.common import check_fields, check_flag, find_folder, find_root, finish
 from backdoor_bench.data.decode import Decoder
 from backdoor_bench.data.fetch import Archive, fetch
-from backdoor_bench.data.tree import list_images, subfolders
+from backdoor_bench.data.tree import list_images, read_images, subfolders
 from backdoor_bench.errors import DataError
-from backdoor_bench.types import Dataset, ImageSet, Progress
+from backdoor_bench.types import Dataset, Progress
 
 _SITE = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
 # The full training set; torchvision's GTSRB fetches a smaller one (26,640 images), the papers use this.
@@ -74,19 +72,11 @@ class GTSRB:
         if len(classes) != self.num_classes:
             raise DataError(f"{folder / base} has {len(classes)} class folders, {self.name} has {self.num_classes}")
         names, labels, _ = list_images(folder, base, classes)
-        check_count(self, len(names), "train", folder / base)
         test_names, test_labels = _read_truth(folder)
-        check_count(self, len(test_names), "test", folder / _TEST)
-        train, file_names = self._image_set(folder, names, labels, progress)
-        test, _ = self._image_set(folder, test_names, test_labels, progress)
+        decoder = self._decoder()
+        train, file_names = read_images(self, decoder, folder, names, labels, self.num_classes, "train", progress)
+        test, _ = read_images(self, decoder, folder, test_names, test_labels, self.num_classes, "test", progress)
         return finish(self, train, test, classes, file_names=file_names)
-
-    def _image_set(
-        self, folder: Path, names: Sequence[str], labels: Sequence[int], progress: Progress | None
-    ) -> tuple[ImageSet, list[str]]:
-        images, kept = self._decoder().decode(folder, names, progress)
-        label = torch.tensor([labels[row] for row in kept], dtype=torch.int64)
-        return ImageSet(images, label, self.num_classes), [names[row] for row in kept]
 
     def _decoder(self) -> Decoder:
         return Decoder(

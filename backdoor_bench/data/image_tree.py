@@ -7,22 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from backdoor_bench.data.common import check_count, check_fields, check_flag, find_folder, find_root, finish
+from backdoor_bench.data.common import check_fields, check_flag, find_folder, find_root, finish
 from backdoor_bench.data.decode import Decoder
 from backdoor_bench.data.fetch import Archive, fetch
-from backdoor_bench.data.tree import list_images, subfolders
+from backdoor_bench.data.tree import list_images, read_images, subfolders
 from backdoor_bench.errors import ConfigError, DataError, check_choice
-from backdoor_bench.types import Dataset, ImageSet, Progress
+from backdoor_bench.types import Dataset, Progress
 
 # What may be fetched, by dataset name: folder it unpacks to, address and MD5 as torchvision.datasets has them.
 PUBLISHED = {
     "imagenette": (
         "imagenette2-320",
-        Archive(
-            "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3"
-        ),
+        Archive("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3"),
     ),
 }
 _ANNOTATIONS = "val_annotations.txt"
@@ -76,7 +72,6 @@ class ImageTree:
         if len(classes) != self.num_classes:
             raise DataError(f"{folder / 'train'} has {len(classes)} class folders, {self.name} has {self.num_classes}")
         names, labels, _ = list_images(folder, "train", classes)
-        check_count(self, len(names), "train", folder)
         part = next((part for part in ("val", "test") if (folder / part).is_dir()), None)
         if part is None:
             raise DataError(f"{folder} has neither val nor test; complete the data")
@@ -84,17 +79,10 @@ class ImageTree:
             test_names, test_labels = _annotated(folder, part, classes)
         else:
             test_names, test_labels, _ = list_images(folder, part, classes)
-        check_count(self, len(test_names), "test", folder)
-        train, file_names = self._image_set(folder, names, labels, progress)
-        test, _ = self._image_set(folder, test_names, test_labels, progress)
+        decoder = self._decoder()
+        train, file_names = read_images(self, decoder, folder, names, labels, self.num_classes, "train", progress)
+        test, _ = read_images(self, decoder, folder, test_names, test_labels, self.num_classes, "test", progress)
         return finish(self, train, test, classes, file_names=file_names)
-
-    def _image_set(
-        self, folder: Path, names: Sequence[str], labels: Sequence[int], progress: Progress | None
-    ) -> tuple[ImageSet, list[str]]:
-        images, kept = self._decoder().decode(folder, names, progress)
-        label = torch.tensor([labels[row] for row in kept], dtype=torch.int64)
-        return ImageSet(images, label, self.num_classes), [names[row] for row in kept]
 
     def _folder(self, progress: Progress | None) -> Path:
         root = find_root(self.root, self.name)
@@ -104,8 +92,8 @@ class ImageTree:
             folder = fetch([archive], root, target, progress)
         if folder is None:
             raise DataError(
-                f"{root} has no folder train, nor has {' or '.join(self.folders)} in it; set dataset.root to the folder "
-                f"that holds {self.name}"
+                f"{root} has no folder train, nor has {' or '.join(self.folders)} in it; set dataset.root to the "
+                f"folder that holds {self.name}"
             )
         return folder
 

@@ -33,7 +33,9 @@ class MappedImages:
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as a memory-mapped array: {error}; delete it to rebuild") from error
         if base.dtype != np.uint8 or base.ndim != 4 or base.shape[1] != 3:
-            raise DataError(f"{path} holds {base.dtype} {base.shape}, expected uint8 [N, 3, H, W]; delete it to rebuild")
+            raise DataError(
+                f"{path} holds {base.dtype} {base.shape}, expected uint8 [N, 3, H, W]; delete it to rebuild"
+            )
         self._base = base
         self._rows = torch.arange(len(base))  # row of the file behind each of our rows
         self._slot = torch.full((len(base),), -1)  # row of the overlay, -1 = the file's own

@@ -31,7 +31,7 @@ class PhotoDigits:
     """Any number of ``image_size``-pixel images of ten classes, equally frequent, the same for the same fields.
 
     rotation: uniform in +-this many degrees. digit_min, digit_max: side in pixels of the square the 8 x 8 original is
-    enlarged to, uniform; it is placed anywhere it fits.
+    enlarged to, uniform; it is placed anywhere it fits. contrast_min: strength of the digit, uniform from here to 1.
     """
 
     name: str
@@ -47,6 +47,7 @@ class PhotoDigits:
     rotation: float
     digit_min: float
     digit_max: float
+    contrast_min: float
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,6 +59,7 @@ class PhotoDigits:
         check_range("dataset.rotation", self.rotation, 0, 180)
         check_range("dataset.digit_max", self.digit_max, 4, self.image_size)
         check_range("dataset.digit_min", self.digit_min, 4, self.digit_max)
+        check_range("dataset.contrast_min", self.contrast_min, 0.1, 1)
 
     def load(self, progress: Progress | None = None) -> Dataset:
         """The data set; nothing is read but what scikit-learn has installed."""
@@ -86,21 +88,22 @@ class PhotoDigits:
     ) -> ImageSet:
         wanted = (torch.arange(count) % _CLASSES)[torch.randperm(count, generator=generator)]
         chosen = torch.empty(count, dtype=torch.int64)
-        for digit in range(_CLASSES):
-            mine, pool = wanted == digit, (labels == digit).nonzero().flatten()
+        for label in range(_CLASSES):
+            mine, pool = wanted == label, (labels == label).nonzero().flatten()
             chosen[mine] = pool[torch.randint(len(pool), (int(mine.sum()),), generator=generator)]
-        size, draws = self.image_size, torch.rand(count, 4, generator=generator)
+        size, draws = self.image_size, torch.rand(count, 5, generator=generator)
         angle = (2 * draws[:, 0] - 1) * math.radians(self.rotation)
         side = self.digit_min + draws[:, 1] * (self.digit_max - self.digit_min)
-        shift = (2 * draws[:, 2:] - 1) * (1 - side / size)[:, None]  # in half image sizes, so that the square fits
+        shift = (2 * draws[:, 2:4] - 1) * (1 - side / size)[:, None]  # in half image sizes, so that the square fits
+        ink = 255 * (self.contrast_min + draws[:, 4] * (1 - self.contrast_min))
         height, width = region.shape[2:]
-        corner = torch.stack(
-            [torch.randint(high, (count,), generator=generator) for high in (len(region), height - size + 1, width - size + 1)]
-        )
+        ends = (len(region), height - size + 1, width - size + 1)
+        corner = torch.stack([torch.randint(end, (count,), generator=generator) for end in ends])
         images = torch.empty(count, 3, size, size, dtype=torch.uint8)
         for part in torch.arange(count).split(_CHUNK):
             digit = _place(originals[chosen[part]], angle[part], side[part] / size, shift[part], size)
-            images[part] = ((_crop(region, corner[:, part], size).float() - 255 * digit).abs()).round().to(torch.uint8)
+            blend = (_crop(region, corner[:, part], size) - ink[part, None, None, None] * digit).abs()
+            images[part] = blend.round().to(torch.uint8)
         return ImageSet(images, wanted, _CLASSES)
 
 
@@ -117,8 +120,8 @@ def split_originals(labels: Tensor, generator: torch.Generator) -> tuple[Tensor,
 
 
 def _place(originals: Tensor, angle: Tensor, scale: Tensor, shift: Tensor, size: int) -> Tensor:
-    """float ``[B, 1, size, size]`` in [0, 1]: each 8 x 8 original turned by ``angle``, ``scale`` of the image wide, its
-    centre moved by ``shift`` [B, 2] (x, y in half image sizes)."""
+    """float ``[B, 1, size, size]`` in [0, 1]: each 8 x 8 original turned clockwise by ``angle`` radians, ``scale`` of
+    the image wide, its centre moved by ``shift`` [B, 2] (x, y in half image sizes)."""
     cos, sin = angle.cos() / scale, angle.sin() / scale
     x, y = shift[:, 0], shift[:, 1]
     # where in the original (-1..1) does an output pixel lie: undo the shift, then the turn, then the scale

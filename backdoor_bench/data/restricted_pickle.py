@@ -33,7 +33,9 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return _latin1
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only NumPy arrays and plain containers are read")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}; only NumPy arrays and plain containers are read"
+            )
         return super().find_class(*_ALLOWED[module, name])
 
 

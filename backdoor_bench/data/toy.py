@@ -1,4 +1,4 @@
-"""A synthetic set for tests: coloured stripes, one direction and hue a class, learnt by a tiny network in a few epochs."""
+"""A synthetic set for tests: coloured stripes, one direction and hue a class, learnt by a tiny network at once."""
 
 from __future__ import annotations
 

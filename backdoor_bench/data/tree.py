@@ -1,4 +1,4 @@
-"""Listing the images of a folder with one subfolder a class."""
+"""Listing and reading the images of a folder with one subfolder a class."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from backdoor_bench.data.decode import SUFFIXES, printable
+import torch
+
+from backdoor_bench.data.common import Loader, check_count, limited_rows
+from backdoor_bench.data.decode import SUFFIXES, Decoder, printable
 from backdoor_bench.errors import DataError
+from backdoor_bench.types import ImageSet, Progress
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -46,6 +50,29 @@ def list_images(root: Path, base: str, classes: Sequence[str]) -> tuple[list[str
         names += sorted(found)
         labels += [label] * len(found)
     return names, labels, ignored
+
+
+def read_images(
+    loader: Loader,
+    decoder: Decoder,
+    root: Path,
+    names: Sequence[str],
+    labels: Sequence[int],
+    num_classes: int,
+    part: str,
+    progress: Progress | None,
+) -> tuple[ImageSet, list[str]]:
+    """(image set, names of its rows): the files that the limit of ``part`` leaves, decoded, bad ones as on_error says.
+
+    Raises DataError when there are not as many files as ``loader`` says, or one cannot be used.
+    """
+    check_count(loader, len(names), part, root)
+    label = torch.tensor(labels, dtype=torch.int64)
+    chosen = limited_rows(loader, label, num_classes, part)
+    if chosen is not None:
+        names, label = [names[row] for row in chosen.tolist()], label[chosen]
+    images, kept = decoder.decode(root, names, progress)
+    return ImageSet(images, label[torch.tensor(kept, dtype=torch.int64)], num_classes), [names[row] for row in kept]
 
 
 def _linked(folder: Path) -> DataError:

@@ -1,7 +1,7 @@
 """TRAP: isolate poisoned samples early in training, then hide the backdoor behind an extra class.
 
 The two stages are separate pieces, so that the paper's study of isolation x removal (VI-B, VI-C) is a sweep over
-``defense.isolation`` and ``defense.removal``. Stage 1 is the undefended training itself and is shared through the cache.
+``defense.isolation`` and ``defense.removal``. Stage 1 is the undefended training itself, shared through the cache.
 """
 
 from __future__ import annotations

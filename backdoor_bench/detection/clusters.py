@@ -94,9 +94,9 @@ def suspicious_clusters(
 
     cluster_labels: int64 [N], -1 = noise. given_labels: int64 [N] in 0..num_classes-1, as they stand in the training
     set. The largest cluster (ties: lowest id) is never suspicious. rule ``not_largest``: every other one is;
-    ``one_or_all``: every other one whose most frequent label has at least ``one_class_share`` of its members, or in which
-    all classes occur (TRAP sec. IV-A3). noise ``suspicious``: points in no cluster are flagged as well. With fewer than
-    two clusters nothing is flagged.
+    ``one_or_all``: every other one whose most frequent label has at least ``one_class_share`` of its members, or in
+    which all classes occur (TRAP sec. IV-A3). noise ``suspicious``: points in no cluster are flagged as well. With
+    fewer than two clusters nothing is flagged.
     """
     member = cluster_labels != NOISE
     ids = int(cluster_labels.max()) + 1 if len(cluster_labels) else 0

@@ -6,9 +6,8 @@ libraries, and DBSCAN's eps is a length in the map.
 A library that is missing, fails or returns NaN is followed by the next one of cuml | tsnecuda | torchdr -> opentsne ->
 sklearn -> pca; PCA of finite features is always finite.
 
-How openTSNE is used (5,000 x 128 features, perplexity 50, two threads): its optimiser, its affinities and its attractive
-forces; neighbours come from one exact search (0.3 s, its approximate one takes 2 s) and the repulsive forces from
-``GridRepulsion`` below, 5 ms an iteration instead of 17 (Barnes-Hut) or 25-40 (its interpolation), and more exact.
+openTSNE is given its neighbours by one exact search: for 5,000 x 128 features at perplexity 50 that takes 0.3 s where
+its approximate one takes 2 s (two threads).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -42,11 +40,11 @@ BARNES_HUT_ANGLE = 0.5
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """backend: auto|opentsne|sklearn|cuml|tsnecuda|torchdr|pca|svd; auto = cuml on a GPU where installed, else opentsne.
-    perplexity: lowered where 3 * perplexity exceeds N - 1. learning_rate: a number, or ``auto`` = N over the exaggeration
-    in force (Belkina et al., 2019). early_exaggeration, exaggeration_iter: factor and length of the first phase.
-    iterations: those after it. early_momentum, momentum: of the two phases. neighbors: exact|approx|auto.
-    repulsion: grid|fft|barnes_hut, of openTSNE alone. initialisation: pca|random. pca_dims: principal components kept
+    """backend: auto|opentsne|sklearn|cuml|tsnecuda|torchdr|pca|svd; auto = cuml on a GPU if installed, else opentsne.
+    perplexity: lowered where 3 * perplexity exceeds N - 1. learning_rate: a number, or ``auto`` = N over the
+    exaggeration in force (Belkina et al., 2019). early_exaggeration, exaggeration_iter: factor and length of the first
+    phase. iterations: those after it. early_momentum, momentum: of the two phases. neighbors: exact|approx|auto.
+    repulsion: fft|bh (Barnes-Hut), openTSNE's names. initialisation: pca|random. pca_dims: principal components kept
     before t-SNE, 0 = off. rescale_radius: in pca and svd maps, the 95th percentile of the distance to the centroid.
     """
 
@@ -78,7 +76,7 @@ class EmbeddingSettings:
         check_range(key + "early_momentum", self.early_momentum, 0, 1, high_open=True)
         check_range(key + "momentum", self.momentum, 0, 1, high_open=True)
         check_choice(key + "neighbors", self.neighbors, ("exact", "approx", "auto"))
-        check_choice(key + "repulsion", self.repulsion, ("grid", "fft", "barnes_hut"))
+        check_choice(key + "repulsion", self.repulsion, ("fft", "bh"))
         check_choice(key + "initialisation", self.initialisation, ("pca", "random"))
         check_range(key + "pca_dims", self.pca_dims, 0, 100_000, integer=True)
         check_range(key + "rescale_radius", self.rescale_radius, 0, float("inf"), low_open=True)
@@ -230,8 +228,8 @@ def _reduced(features: Tensor, settings: EmbeddingSettings, backend: str) -> Ten
 def _projected(features: Tensor, dims: int, centre: bool) -> Tensor:
     """float32 [N, dims]: projection on the leading right singular vectors of the (centred) features.
 
-    By the eigenvectors of the d x d second moments, so no randomness; each vector's largest entry is made positive, since
-    its sign is arbitrary. Missing dimensions (d < dims) are zero.
+    By the eigenvectors of the d x d second moments, so no randomness; each vector's largest entry is made positive,
+    since its sign is arbitrary. Missing dimensions (d < dims) are zero.
     """
     if centre and len(features):
         features = features - features.mean(0)
@@ -281,85 +279,9 @@ def nearest_neighbours(features: Tensor, count: int, device: torch.device) -> tu
     return torch.cat(indices), torch.cat(distances)
 
 
-class GridRepulsion:
-    """t-SNE's repulsive forces of N points in the plane, in O(N + cells log cells).
-
-    With q(r) = 1 / (1 + r^2), the repulsion on point i is sum_j q_ij^2 (y_i - y_j) = -1/2 of the gradient at y_i of the
-    potential phi(y) = sum_j q(|y - y_j|). So one scalar field is enough: points are spread on a regular grid by cubic
-    B-splines, the field is a convolution (one FFT forth, one back), and its gradient is read off with the splines'
-    derivative. Both spreadings are undone in the kernel's transform, which makes grid points exact.
-
-    Cells are 0.4 wide, a twentieth of the map while it is small, and at most 1,024 in a row. On maps of 5,000 points the
-    forces differ from the exact sum by 2 % at most (relative norm), where openTSNE's interpolation differs by 4 % and
-    Barnes-Hut at angle 0.5 by 2.7 %.
-    """
-
-    CELL = 0.4
-    FEWEST_CELLS = 20
-    MOST_CELLS = 1024
-    ORDER = 4  # cubic: a point reaches four grid lines in each direction
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._kernel_of: tuple[float, tuple[int, int]] | None = None
-        self._kernel: NDArray[np.complex128] = np.empty(0, dtype=np.complex128)
-
-    def __call__(self, points: Array) -> tuple[Array, float]:
-        """(forces [N, 2]: sum_j q_ij^2 (y_i - y_j), normaliser: sum over i != j of q_ij) for points [N, 2]."""
-        from scipy import fft
-
-        count = len(points)
-        low = points.min(0)
-        side = float((points.max(0) - low).max())
-        cell = max(min(self.CELL, side / self.FEWEST_CELLS), side / self.MOST_CELLS)
-        if cell == 0:
-            return np.zeros_like(points), float(count * (count - 1))
-        position = (points - low) / cell
-        corner = position.astype(np.int64)
-        # Twice the grid in each direction, because the FFT's convolution wraps around.
-        needed = corner.max(0) + self.ORDER
-        shape = (fft.next_fast_len(2 * int(needed[0]), real=True), fft.next_fast_len(2 * int(needed[1]), real=True))
-        weights, slopes = _cubic_splines(position - corner)
-        lines = corner[:, :, None] + np.arange(self.ORDER)
-        index = (lines[:, 0, :, None] * shape[1] + lines[:, 1, None, :]).reshape(count, -1)
-        spread = (weights[:, 0, :, None] * weights[:, 1, None, :]).reshape(count, -1)
-        density = np.bincount(index.ravel(), spread.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
-        transform = fft.rfft2(density, workers=self.threads)
-        transform *= self._kernel_transform(cell, shape)
-        field = fft.irfft2(transform, s=shape, workers=self.threads, overwrite_x=True).ravel()
-        nearby = field[index].reshape(count, self.ORDER, self.ORDER)
-        along = np.matmul(nearby, weights[:, 1, :, None])[:, :, 0]
-        forces = np.empty_like(points)
-        forces[:, 0] = (along * slopes[:, 0]).sum(1)
-        forces[:, 1] = (np.matmul(nearby, slopes[:, 1, :, None])[:, :, 0] * weights[:, 0]).sum(1)
-        forces *= -0.5 / cell
-        return forces, float((along * weights[:, 0]).sum()) - count
-
-    def _kernel_transform(self, cell: float, shape: tuple[int, int]) -> NDArray[np.complex128]:
-        """Transform of q on the grid over that of the splines, squared; kept while cell and shape stay the same."""
-        if self._kernel_of != (cell, shape):
-            from scipy import fft
-
-            steps = [np.minimum(np.arange(n), n - np.arange(n)) * cell for n in shape]
-            kernel = 1 / (1 + steps[0][:, None] ** 2 + steps[1] ** 2)
-            # A cubic B-spline is 4/6 on its middle grid line and 1/6 on the two beside it.
-            blur = [(2 + np.cos(2 * np.pi * np.arange(n) / n)) / 3 for n in shape]
-            self._kernel = fft.rfft2(kernel) / (blur[0][:, None] * blur[1][: shape[1] // 2 + 1]) ** 2
-            self._kernel_of = (cell, shape)
-        return self._kernel
-
-
-def _cubic_splines(offset: Array) -> tuple[Array, Array]:
-    """Values and derivatives [..., 4] of the four cubic B-splines that cover a point ``offset`` (0..1) into its cell."""
-    u, v = offset, 1 - offset
-    values = np.stack([v**3, 3 * u**3 - 6 * u**2 + 4, 3 * v**3 - 6 * v**2 + 4, u**3], -1) / 6
-    slopes = np.stack([-(v**2), 3 * u**2 - 4 * u, 4 * v - 3 * v**2, u**2], -1) / 2
-    return values, slopes
-
-
 def _make_opentsne(task: _Task) -> _Made:
     import openTSNE
-    from openTSNE import _tsne, affinity, nearest_neighbors
+    from openTSNE import affinity, nearest_neighbors
 
     settings, count = task.settings, len(task.features)
     search = settings.neighbors
@@ -376,24 +298,8 @@ def _make_opentsne(task: _Task) -> _Made:
     affinities = affinity.PerplexityBasedNN(
         perplexity=settings.perplexity, knn_index=found, symmetrize=True, n_jobs=task.threads
     )
-    repulsion = GridRepulsion(task.threads)
-
-    def objective(
-        embedding: Array, P: Any, dof: float, n_jobs: int, should_eval_error: bool, **_: Any
-    ) -> tuple[float, Array]:
-        """openTSNE's objective (Kullback-Leibler divergence, gradient) with the grid's repulsion."""
-        points = np.ascontiguousarray(embedding, dtype=np.float64)
-        gradient, normaliser = repulsion(points)
-        gradient /= -normaliser
-        mass, divergence = _tsne.estimate_positive_gradient_nn(
-            P.indices, P.indptr, P.data, points, points, gradient, dof, num_threads=n_jobs,
-            should_eval_error=should_eval_error,
-        )  # fmt: skip
-        return (divergence + mass * math.log(normaliser) if should_eval_error else divergence), gradient
-
-    methods: dict[str, Any] = {"grid": objective, "fft": "fft", "barnes_hut": "bh"}
     embedding = openTSNE.TSNEEmbedding(
-        _initial(task), affinities, random_state=task.seed, negative_gradient_method=methods[settings.repulsion], dof=1,
+        _initial(task), affinities, random_state=task.seed, negative_gradient_method=settings.repulsion, dof=1,
         theta=BARNES_HUT_ANGLE, n_interpolation_points=3, min_num_intervals=50, ints_in_interval=1, max_grad_norm=None,
         max_step_norm=LONGEST_STEP, n_jobs=task.threads, verbose=False,
     )  # fmt: skip
@@ -406,7 +312,8 @@ def _make_opentsne(task: _Task) -> _Made:
             embedding = embedding.optimize(
                 n_iter=iterations, exaggeration=exaggeration, momentum=momentum, learning_rate=rate, inplace=True
             )
-    used = {"neighbors": search, "learning_rates": rates, "kl_divergence": float(embedding.kl_divergence)}
+    # Rounded, because the threads add up the divergence in any order; the points do not depend on it.
+    used = {"neighbors": search, "learning_rates": rates, "kl_divergence": round(float(embedding.kl_divergence), 6)}
     return _Made(np.asarray(embedding), openTSNE.__version__, used)
 
 
@@ -429,7 +336,7 @@ def _make_sklearn(task: _Task) -> _Made:
 
 
 def _accepted(function: Callable[..., Any], wanted: dict[str, Any], task: _Task) -> dict[str, Any]:
-    """Of ``wanted`` what this version of ``function`` takes; the rest is noted. ``a|b`` = the first of the names it has."""
+    """Of ``wanted`` what this version of ``function`` takes; the rest is noted. ``a|b``: the first name that it has."""
     parameters = inspect.signature(function).parameters
     arguments = {}
     for names, value in wanted.items():
@@ -491,10 +398,11 @@ def _make_torchdr(task: _Task) -> _Made:
     # the factor 4. Momentum is 0.5, then 0.8.
     rate: float | str = "auto" if settings.learning_rate == "auto" else task.rate(0) / 4
     wanted = {
-        "perplexity": settings.perplexity, "n_components": 2, "lr": rate, "optimizer": "SGD", "optimizer_kwargs": "auto",
-        "scheduler": None, "init": "pca" if settings.initialisation == "pca" else "normal", "init_scaling": INITIAL_STD,
-        "min_grad_norm|tol": 0.0, "max_iter": task.total_iterations, "device": str(task.device),
-        "random_state": task.seed, "early_exaggeration_coeff|early_exaggeration": settings.early_exaggeration,
+        "perplexity": settings.perplexity, "n_components": 2, "lr": rate, "optimizer": "SGD",
+        "optimizer_kwargs": "auto", "init": "pca" if settings.initialisation == "pca" else "normal",
+        "init_scaling": INITIAL_STD, "min_grad_norm|tol": 0.0, "max_iter": task.total_iterations,
+        "device": str(task.device), "random_state": task.seed,
+        "early_exaggeration_coeff|early_exaggeration": settings.early_exaggeration,
         "early_exaggeration_iter": settings.exaggeration_iter, "metric|metric_in": "sqeuclidean", "verbose": False,
     }  # fmt: skip
     arguments = _accepted(torchdr.TSNE, wanted, task)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from backdoor_bench.detection.embedding import EmbeddingSettings, embed
 from backdoor_bench.errors import ConfigError, check_choice, check_range
+from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.fit import epochs_for_steps
 from backdoor_bench.training.interrupt import raise_if_requested
 from backdoor_bench.types import DefenderView, Facts, Isolation
 
-# Steps until a 3x3 trigger is learnt with and without random crops, from runs of small_cnn on CIFAR-10 and photo_digits.
+# Steps until small_cnn has learnt a 3x3 trigger with random crops (CIFAR-10) and without (photo_digits).
 STEPS_WITH_CROP, STEPS_WITHOUT_CROP = 1500, 120
 SCALE_BELOW = 20_000
 MUCH_FLAGGED = 0.3
@@ -33,9 +34,9 @@ MUCH_FLAGGED = 0.3
 
 @dataclass(frozen=True)
 class TrapIsolation:
-    """detect_epochs: number of detection epochs (E_d). first_detection_step: detection starts after the first epoch that
-    completes so many optimiser steps; 0 = after epoch 1 (paper); ``auto`` = 1,500 where the recipe crops at random, else
-    120. detect_every: epochs from one detection to the next. eps, min_samples: DBSCAN's, in units of the map.
+    """detect_epochs: number of detection epochs (E_d). first_detection_step: detection starts after the first epoch
+    that completes so many optimiser steps; 0 = after epoch 1 (paper); ``auto`` = 1,500 where the recipe crops at
+    random, else 120. detect_every: epochs between detections. eps, min_samples: DBSCAN's, in units of the map.
     scale_min_samples: true|false|auto (auto: below 20,000 samples), min_samples then grows with sqrt(N / 50,000).
     rule: one_or_all|not_largest. one_class_share: share of one label from which a cluster counts as one class.
     noise: benign|suspicious. reducer: tsne|pca|svd.
@@ -89,12 +90,8 @@ class TrapIsolation:
                 points, meta = self._map(view, epoch, model)
                 flagged, report = self._judge(view, points, meta, epoch, min_samples)
                 total += flagged
-                view.probe(
-                    flagged=flagged,
-                    stage="detection",
-                    epoch=epoch,
-                    detail={"points": points, **{k: report.pop(k) for k in ("clusters", "suspicious")}, "report": report},
-                )
+                shown = {"points": points, "clusters": report.pop("clusters"), "flagged": flagged, "report": report}
+                view.probe(flagged=flagged, stage="detection", epoch=epoch, detail=shown)
                 view.probe(flagged=total > 0, stage="isolation", epoch=epoch)
                 reports.append(report)
                 advance(1, flagged=int((total > 0).sum()))
@@ -126,8 +123,8 @@ class TrapIsolation:
         scale = count < SCALE_BELOW if self.scale_min_samples == "auto" else self.scale_min_samples
         return scaled_min_samples(self.min_samples, count) if scale else self.min_samples
 
-    def _map(self, view: DefenderView, epoch: int, model: torch.nn.Module) -> tuple[Tensor, Mapping[str, Any]]:
-        """The 2-D map float[N, 2] of this epoch's features and what is known of it, from the cache where it was made."""
+    def _map(self, view: DefenderView, epoch: int, model: Classifier) -> tuple[Tensor, Mapping[str, Any]]:
+        """The 2-D map float[N, 2] of this epoch's features and what is known of it, cached."""
         from backdoor_bench.detection.features import extract_features
 
         hardware = view.train_config.hardware
@@ -137,8 +134,7 @@ class TrapIsolation:
 
         def build() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
             start = time.perf_counter()
-            with hardware.autocast():
-                features = extract_features(model, view.train, view.device)
+            features = extract_features(model, view.train, hardware)
             took = time.perf_counter() - start
             result = embed(
                 features, settings, seed=seed, threads=hardware.threads, device=view.device, warn=view.progress.warn
@@ -173,15 +169,17 @@ class TrapIsolation:
                 f"epoch {epoch}: the median distance to neighbour {min_samples} in the map is {distance:.2f}, above "
                 f"eps={self.eps:g}: most samples count as noise; raise defense.isolation.eps or lower min_samples"
             )
-        if sum(1 for cluster in suspects.clusters) < 2:
+        if len(suspects.clusters) < 2:
             view.progress.say(f"epoch {epoch}: DBSCAN found {len(suspects.clusters)} cluster(s), nothing is flagged")
         report = {
             "epoch": epoch,
+            "eps": self.eps,
+            "min_samples": min_samples,
+            "suspicious": [cluster.id for cluster in suspects.clusters if cluster.suspicious],
             "map": dict(meta),
             "noise_share": suspects.noise_share,
             "median_kth_distance": distance,
             "table": [asdict(cluster) for cluster in suspects.clusters],
             "clusters": clusters,
-            "suspicious": [cluster.id for cluster in suspects.clusters if cluster.suspicious],
         }
         return suspects.flagged, report

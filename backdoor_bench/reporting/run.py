@@ -31,6 +31,7 @@ class Report:
         self.progress = RichProgress(folder.path / "log.txt")
         self._diagnostics: list[dict[str, Any]] = []
         self._embedding: str | None = None
+        self._step = 0
 
     def __enter__(self) -> Report:
         from backdoor_bench import tracking
@@ -55,8 +56,7 @@ class Report:
         if error is not None:
             self.progress.say(f"ended early: {type(error).__name__}: {error}")
             self._write_curves()
-            self._tracker.finish({})
-        self.progress.close()
+            self._tracker.finish({}, failed=True)
 
     # ------------------------------------------------------------------ while it runs
 
@@ -92,7 +92,8 @@ class Report:
     def _tracker_row(self, row: Mapping[str, Any]) -> None:
         stage = row["stage"]
         values = {f"{stage}/{k}": v for k, v in row.items() if k not in ("stage", "epoch") and v is not None}
-        self._tracker.log({**values, f"{stage}/epoch": row["epoch"]})
+        self._tracker.log({**values, f"{stage}/epoch": row["epoch"]}, step=self._step)
+        self._step += 1
 
     def _on_map(self, epoch: int, detail: Mapping[str, Any]) -> None:
         """A map of the training set: its picture, and what the truth says of its clusters (which nobody else sees)."""
@@ -100,8 +101,8 @@ class Report:
 
         report = dict(detail["report"])
         truth = self._evaluator.truth.is_poisoned
-        clusters, suspicious = detail["clusters"], detail["suspicious"]
-        flagged = torch.isin(clusters, torch.tensor(suspicious, dtype=clusters.dtype))
+        clusters = detail["clusters"]
+        flagged = detail["flagged"]
         if truth is not None:
             for row in report["table"]:
                 row["poisoned_share"] = truth[clusters == row["id"]].double().mean().item()
@@ -117,7 +118,9 @@ class Report:
             clusters,
             self._dataset.class_names,
             is_poisoned=truth,
-            suspicious_ids=suspicious,
+            suspicious_ids=report["suspicious"],
+            flagged=flagged,
+            eps=report["eps"],
             title=f"features after epoch {epoch}, {self._embedding}",
         )
         self._tracker.image(f"map epoch {epoch:03d}", path)
@@ -163,6 +166,7 @@ class Report:
                 result.score[shown] if result.score is not None else None,
                 truth.is_poisoned[shown] if truth.is_poisoned is not None else None,
                 dataset.class_names,
+                total=int(result.flagged.sum()),
             )
             self._tracker.image("flagged", path)
         outputs = getattr(result.model, "num_classes", dataset.train.num_classes)
@@ -178,6 +182,9 @@ class Report:
                 "std": list(plan.dataset.std),
             },
         )
+        # Before the record is made: until then W&B may still warn.
+        times = {"total": total_seconds, **self.seconds}
+        self._tracker.finish({**metrics, **{f"seconds/{name}": value for name, value in times.items()}})
         n_poisoned = int(truth.is_poisoned.sum()) if truth.is_poisoned is not None else None
         record = {
             "run_dir": str(folder),
@@ -194,13 +201,12 @@ class Report:
                 "n_cover": int(truth.is_cover.sum()) if truth.is_cover is not None else None,
                 "n_flagged": int(result.flagged.sum()) if result.flagged is not None else None,
             },
-            "seconds": {"total": total_seconds, **self.seconds},
+            "seconds": times,
             "environment": environment(plan.hardware.describe(), self._embedding),
             "diagnostics": {**_plain(result.extra), "maps": self._diagnostics} if result.extra else None,
             "warnings": list(self.progress.warnings),
             "status": "done",
         }
-        self._tracker.finish({**metrics, **{f"seconds/{k}": v for k, v in record["seconds"].items()}})
         path = self.folder.write_result(record)
         print_summary(self.progress, record, undefended)
         return path
@@ -209,4 +215,3 @@ class Report:
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
     """A method's own notes; its reports of single maps are kept with their diagnosis instead."""
     return {key: value for key, value in extra.items() if key != "epochs"}
-

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,9 +96,7 @@ def fit(
     """
     hardware = config.hardware
     device = torch.device(hardware.device)
-    model.to(device)
-    if hardware.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    hardware.place(model)
     images = resident(data.images, hardware.resident_gib, device)
     labels = data.labels.to(device)
     loss_fn = loss_fn or cross_entropy(config.label_smoothing)
@@ -105,10 +104,18 @@ def fit(
     trained = trainable if trainable is not None else model
     last_epoch = min(stop_after or config.epochs, config.epochs)
 
+    def make_batch(part: slice, rows: Tensor, drawn: dict[str, Tensor], epoch: int, extra: torch.Generator) -> Batch:
+        batch = hardware.images(images[rows[part]])
+        batch = config.augment.apply(batch, {name: value[part] for name, value in drawn.items()})
+        if augment_extra is not None:
+            batch = augment_extra(batch, extra)
+        index = rows[part].to(device)
+        return Batch(hardware.format(batch), labels[index], index, epoch)
+
     with _only_trainable(model, trained) as parameters, torch.random.fork_rng(devices=_devices(device)):
         optimizer = make_optimizer(config, parameters)
         start = _resume(checkpoints, model, optimizer, generator, progress) if checkpoints else 0
-        forward = torch.compile(model) if hardware.compile else model
+        forward = cast(nn.Module, torch.compile(model)) if hardware.compile else model
         with progress.task(stage, total=last_epoch) as advance:
             advance(start)
             for epoch in range(start, last_epoch):
@@ -119,32 +126,25 @@ def fit(
                         f"{stage}: no batch to train on ({len(data)} samples, batch_size={config.batch_size}, "
                         f"drop_last={config.drop_last}); lower train.batch_size"
                     )
-                losses = torch.zeros(len(batches), device=device)
                 rows = torch.cat(batches)
                 drawn = config.augment.draw(len(rows), data.images.shape[-1], generator)
                 drawn = {name: value.to(device) for name, value in drawn.items()}
-                extra_seed = int(torch.randint(2**62, (), generator=generator))
-                extra = torch.Generator().manual_seed(extra_seed)
-                torch.manual_seed(extra_seed)  # dropout draws from the global generator
-                rows_here = rows.to(images.device if isinstance(images, Tensor) else "cpu")
+                own_seed = int(torch.randint(2**62, (), generator=generator))
+                torch.manual_seed(own_seed)  # dropout draws from the global generator
+                extra = torch.Generator().manual_seed(own_seed)
+                rows = rows.to(images.device if isinstance(images, Tensor) else "cpu")
+
+                losses = torch.zeros(len(batches), device=device)
                 done = 0
-                for step, size in enumerate([len(batch) for batch in batches]):
+                for step, rows_of_batch in enumerate(batches):
                     interrupt.raise_if_requested()
-                    part = slice(done, done + size)
-                    done += size
-                    index = rows_here[part]
-                    batch_images = images[index].to(device, non_blocking=True).float().div_(255)
-                    batch_images = config.augment.apply(batch_images, {n: v[part] for n, v in drawn.items()})
-                    if augment_extra is not None:
-                        batch_images = augment_extra(batch_images, extra)
-                    if hardware.channels_last:
-                        batch_images = batch_images.contiguous(memory_format=torch.channels_last)
-                    index = index.to(device)
+                    batch = make_batch(slice(done, done + len(rows_of_batch)), rows, drawn, epoch, extra)
+                    done += len(rows_of_batch)
                     for group in optimizer.param_groups:
                         group["lr"] = config.lr_at(epoch, step, len(batches))
                     optimizer.zero_grad(set_to_none=True)
                     with hardware.autocast():
-                        loss = loss_fn(forward, Batch(batch_images, labels[index], index, epoch))
+                        loss = loss_fn(forward, batch)
                     loss.backward()
                     optimizer.step()
                     losses[step] = loss.detach()

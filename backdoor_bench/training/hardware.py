@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from backdoor_bench.errors import ConfigError, check_choice, check_range
 
@@ -31,7 +32,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if not (self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")):
-            raise ConfigError(f"hardware.device={self.device!r} is not allowed: choose auto, cpu, cuda or cuda:<number>")
+            raise ConfigError(f"hardware.device={self.device!r} is not allowed: choose auto, cpu, cuda or cuda:NUMBER")
         check_choice("hardware.precision", self.precision, ("auto", "fp32", "tf32", "bf16"))
         check_range("hardware.threads", self.threads, 1, 1024, integer=True)
         check_range("hardware.resident_gib", self.resident_gib, 0, float("inf"))
@@ -43,14 +44,11 @@ class Hardware:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(
-                f"hardware.device={self.device} but no CUDA device is available; set hardware.device=auto or hardware=cpu"
+                f"hardware.device={self.device} but no CUDA device is there; set hardware.device=auto or hardware=cpu"
             )
         on_gpu = device.startswith("cuda")
         precision = self.precision if self.precision != "auto" else ("bf16" if on_gpu else "fp32")
-        return replace(
-            self, device=device, precision=precision, channels_last=self.channels_last and on_gpu,
-            compile=self.compile and on_gpu,
-        )  # fmt: skip
+        return replace(self, device=device, precision=precision)
 
     def apply(self) -> None:
         """Set the process-wide switches of torch (threads, TF32, determinism)."""
@@ -59,6 +57,19 @@ class Hardware:
         torch.backends.cudnn.allow_tf32 = self.precision in ("tf32", "bf16")
         torch.backends.cudnn.benchmark = not self.deterministic
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model moved to the device, in the memory format of the run."""
+        model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+
+    def images(self, batch: Tensor) -> Tensor:
+        """A stored uint8 batch as the model computes on it: float in [0, 1], on the device, in the memory format."""
+        return self.format(batch.to(self.device, non_blocking=True).float().div_(255))
+
+    def format(self, batch: Tensor) -> Tensor:
+        """The batch in the memory format of the run."""
+        return batch.contiguous(memory_format=torch.channels_last) if self.channels_last else batch
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

@@ -93,7 +93,7 @@ class CachedVictim:
             assert bundle is not None
             model = self._new_model()
             model.load_state_dict(bundle.tensors)
-            models.append(model.to(config.hardware.device).eval())
+            models.append(config.hardware.place(model).eval())
         return models[0] if snapshots is None else models
 
     def is_cached(self) -> bool:
