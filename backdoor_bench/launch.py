@@ -42,6 +42,8 @@ def main(task: Task, conf: Path, argv: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     show_trace = "--traceback" in argv
     argv = [_subgroup(word) for word in argv if word != "--traceback"]
+    # Options first: argparse does not take them between the overrides.
+    argv = sorted(argv, key=_is_override)
     try:
         return _run(task, conf, argv, show_trace)
     except BenchError as error:
@@ -49,7 +51,7 @@ def main(task: Task, conf: Path, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("stopped at once; run the same command again to resume from the last checkpoint", 7, False)
     except Exception as error:
-        message = explain(error, conf)
+        message = explain(error, conf, [word for word in argv if _is_override(word)])
         if message is None:
             raise
         return fail(message, 2, show_trace)
@@ -70,7 +72,7 @@ def _run(task: Task, conf: Path, argv: list[str], show_trace: bool) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    check_command(conf, [word for word in argv if not word.startswith("-") or "=" in word])
+    check_command(conf, [word for word in argv if _is_override(word)])
     # Errors are raised when Hydra has returned: it prints "Error executing job" over whatever passes through it.
     failures: list[tuple[str, Exception]] = []
     done: list[Path] = []
@@ -191,6 +193,10 @@ def _targets(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _targets(value, f"{prefix}{index}.")
 
 
+def _is_override(word: str) -> bool:
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
+
+
 def _subgroup(word: str) -> str:
     """``defense.isolation=fct`` as Hydra wants it: ``defense/isolation=fct``."""
     key, sign, value = word.partition("=")
@@ -202,15 +208,23 @@ def _subgroup(word: str) -> str:
 # ---------------------------------------------------------------------- messages
 
 
-def explain(error: Exception, conf: Path) -> str | None:
+def explain(error: Exception, conf: Path, overrides: list[str]) -> str | None:
     """One message for an error of Hydra or OmegaConf; None if it is none of theirs."""
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, name = str(error.missing_cfg_file).rsplit("/", 1)
         valid = [option for option in error.options if option]
         return f"{group}={name} is unknown{_nearest(name, valid)}; valid: {', '.join(sorted(valid))}"
+    missing = re.search(r"[Mm]issing mandatory value: (\S+)", str(error))
+    if missing:
+        return f"{missing.group(1)} has no value: give it on the command line ({missing.group(1)}=...)"
+    if "Recursive interpolation" in str(error):
+        loop = ", ".join(word for word in overrides if "${" in word)
+        return f"{loop or 'a value'} refers to itself: Recursive interpolation; give a plain value"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read as KEY=VALUE: {_one_line(error)}"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = _one_line(error)
         found = re.search(r"Could not (?:override|append to config|delete from config)\.? '?([\w./@]+)'?", text)

@@ -110,7 +110,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
     plain["hardware"].pop("resident_gib")
 
     shown = [text for text in map(_shown, overrides) if text]
-    if hardware != _automatic(hardware):
+    if choices["hardware"] != "auto" and hardware != _automatic(hardware):
         shown.append(f"hardware={choices['hardware']}")
     variant = variant_name(shown, config_hash(plain))
     root = Path(str(config.output_root)).expanduser()

@@ -75,19 +75,21 @@ def test_the_victim_is_trained_once_for_two_defences(bench):
         assert two["undefended"][name] == one["metrics"][name]
 
 
-def test_the_poisoned_set_does_not_depend_on_seed_of_training_when_fixed(bench):
+def test_the_poisoned_set_does_not_depend_on_seed_of_training_when_fixed(bench, tmp_path):
     one = bench("attack.seed=5", "seed=1", "defense=no_defense")
     two = bench("attack.seed=5", "seed=2", "defense=no_defense")
-    sets = {file.parent.name for file in one.path.parents[5].glob("**/poisoned_set-*/bundle.json")}
+    sets = {file.parent.name for file in (tmp_path / "outputs" / "cache").glob("poisoned_set-*/bundle.json")}
     assert len(sets) == 1
     assert one.result["metrics"]["acc"] != two.result["metrics"]["acc"] or one.path != two.path
 
 
 @pytest.mark.parametrize("removal", ["hiding", "unlearning", "unlearn_relearn", "mixed_ce", "retrain"])
 def test_every_removal_runs_from_the_command_line(bench, removal):
-    result = bench("attack=badnets", f"defense.removal={removal}", "train.epochs=3").result
+    done = bench("attack=badnets", f"defense.removal={removal}", "train.epochs=3")
+    result = done.result
+    assert f"backdoor_bench.removal.{removal}." in (done.path.parent / "config.yaml").read_text()
     assert 0 <= result["metrics"]["acc"] <= 1
-    assert f"defense.removal={removal}" in result["variant"]
+    assert len(result["variant"]) == 60 + 1 + 8
 
 
 @pytest.mark.parametrize(
@@ -153,10 +155,10 @@ WRONG = [
     (("+hydra.callbacks.x={_target_: pathlib.Path.touch, self: /nowhere}",), "_target_", "pathlib.Path.touch"),
     (("+x.y._target_=subprocess.run",), "_target_", "subprocess.run"),
     (("seed=???",), "seed", "no value"),
-    (("seed=${seed}",), "seed", ""),
+    (("train.lr=${train.gamma}", "train.gamma=${train.lr}"), "train.lr=", "refers to itself"),
     (("hardware.device=cuda",), "hardware.device", "hardware=cpu"),
     (("hardware.device=tpu",), "hardware.device", "tpu"),
-    (("-m", "seed="), "seed", ""),
+    (("-m", "seed=range(3,3)"), "seed", "empty"),
     (("attack=[",), "attack", ""),
 ]
 

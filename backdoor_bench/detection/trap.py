@@ -29,6 +29,8 @@ from backdoor_bench.types import DefenderView, Facts, Isolation
 # Steps until small_cnn has learnt a 3x3 trigger with random crops (CIFAR-10) and without (photo_digits).
 STEPS_WITH_CROP, STEPS_WITHOUT_CROP = 1500, 120
 SCALE_BELOW = 20_000
+PAPER_SIZE = 50_000  # images of CIFAR-10, for which TRAP gives eps and min_samples
+FEWEST_ITERATIONS = 50
 MUCH_FLAGGED = 0.3
 
 
@@ -38,6 +40,9 @@ class TrapIsolation:
     that completes so many optimiser steps; 0 = after epoch 1 (paper); ``auto`` = 1,500 where the recipe crops at
     random, else 120. detect_every: epochs between detections. eps, min_samples: DBSCAN's, in units of the map.
     scale_min_samples: true|false|auto (auto: below 20,000 samples), min_samples then grows with sqrt(N / 50,000).
+    scale_iterations: the same choices; t-SNE then takes half of its exaggerated and N / 50,000 of its other iterations
+    (at least 50), which leaves the map about as dense as that of 50,000 samples, where eps is the paper's: its extent
+    grows with the iterations, 185 there, 45-60 = 185 sqrt(N / 50,000) with 5,000 samples.
     rule: one_or_all|not_largest. one_class_share: share of one label from which a cluster counts as one class.
     noise: benign|suspicious. reducer: tsne|pca|svd.
     """
@@ -48,6 +53,7 @@ class TrapIsolation:
     eps: float
     min_samples: int
     scale_min_samples: bool | str
+    scale_iterations: bool | str
     rule: str
     one_class_share: float
     noise: str
@@ -62,8 +68,9 @@ class TrapIsolation:
         check_range(key + "detect_every", self.detect_every, 1, 100_000, integer=True)
         check_range(key + "eps", self.eps, 0, float("inf"), low_open=True)
         check_range(key + "min_samples", self.min_samples, 1, float("inf"), integer=True)
-        if not isinstance(self.scale_min_samples, bool):
-            check_choice(key + "scale_min_samples", self.scale_min_samples, ("auto",))
+        for name in ("scale_min_samples", "scale_iterations"):
+            if not isinstance(getattr(self, name), bool):
+                check_choice(key + name, getattr(self, name), ("auto",))
         check_choice(key + "rule", self.rule, ("one_or_all", "not_largest"))
         check_range(key + "one_class_share", self.one_class_share, 0, 1, low_open=True)
         check_choice(key + "noise", self.noise, ("benign", "suspicious"))
@@ -120,15 +127,25 @@ class TrapIsolation:
         """DBSCAN's min_samples for a set of this size."""
         from backdoor_bench.detection.clusters import scaled_min_samples
 
-        scale = count < SCALE_BELOW if self.scale_min_samples == "auto" else self.scale_min_samples
-        return scaled_min_samples(self.min_samples, count) if scale else self.min_samples
+        return scaled_min_samples(self.min_samples, count) if _on(self.scale_min_samples, count) else self.min_samples
+
+    def map_settings(self, count: int) -> EmbeddingSettings:
+        """The settings of the maps of a set of this size."""
+        settings = self.embedding if self.reducer == "tsne" else replace(self.embedding, backend=self.reducer)
+        if _on(self.scale_iterations, count):
+            settings = replace(
+                settings,
+                exaggeration_iter=settings.exaggeration_iter // 2,
+                iterations=max(FEWEST_ITERATIONS, round(settings.iterations * count / PAPER_SIZE)),
+            )
+        return settings
 
     def _map(self, view: DefenderView, epoch: int, model: Classifier) -> tuple[Tensor, Mapping[str, Any]]:
         """The 2-D map float[N, 2] of this epoch's features and what is known of it, cached."""
         from backdoor_bench.detection.features import extract_features
 
         hardware = view.train_config.hardware
-        settings = self.embedding if self.reducer == "tsne" else replace(self.embedding, backend=self.reducer)
+        settings = self.map_settings(len(view.train))
         # One seed for all epochs of a victim: whatever the eps or the rule, the same maps serve.
         seed = view.generator.initial_seed() % 2**31
 
@@ -183,3 +200,8 @@ class TrapIsolation:
             "clusters": clusters,
         }
         return suspects.flagged, report
+
+
+def _on(switch: bool | str, count: int) -> bool:
+    """A true|false|auto switch for a set of this size."""
+    return count < SCALE_BELOW if isinstance(switch, str) else switch
