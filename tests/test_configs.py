@@ -66,4 +66,6 @@ def test_recipe_lists_every_value_but_the_hardware():
 
 @pytest.mark.parametrize("path", sorted((CONF / "hardware").glob("*.yaml")), ids=name)
 def test_hardware_builds(path):
-    assert instantiate(load(path)).threads >= 1
+    node = load(path)
+    node.pop("defaults", None)
+    assert instantiate(node).threads >= 1

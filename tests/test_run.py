@@ -149,7 +149,7 @@ WRONG = [
     (("train.lr=nan",), "train.lr", "nan"),
     (("defense.isolation.eps=0",), "defense.isolation.eps=0", "> 0"),
     (("defense.isolation.min_samples=0",), "defense.isolation.min_samples=0", ">= 1"),
-    (("defense.isolation.detect_epochs=9",), "defense.isolation.detect_epochs=9", "train.epochs"),
+    (("defense.isolation.detect_epochs=99",), "defense.isolation.detect_epochs=99", "train.epochs"),
     (("holdout.size=1000000",), "holdout.size=1000000", "0.."),
     (("attack._target_=os.system",), "attack._target_", "os.system"),
     (("+hydra.callbacks.x={_target_: pathlib.Path.touch, self: /nowhere}",), "_target_", "pathlib.Path.touch"),
