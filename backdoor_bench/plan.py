@@ -5,6 +5,7 @@ With launch.py the only module below run.py that knows Hydra.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Plan:
         keep = self.poisons if poisons is None else poisons
         attack = self.config["attack"] if keep else None
         dataset = {k: v for k, v in self.config["dataset"].items() if k not in ("download", "cache_dir", "on_error")}
-        return {"dataset": dataset, "attack": attack, "holdout": self.config["holdout"]}
+        return {"dataset": dataset, "attack": attack, "holdout": self.config["holdout"], "files": self.config["files"]}
 
     def victim_scope(self, poisons: bool | None = None) -> dict[str, Any]:
         """What the undefended model depends on."""
@@ -106,6 +107,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
     names = {group: str(choices[group]) for group in ("dataset", "model", "attack", "defense")}
     plain["names"] = names
     plain["paper"], plain["budget"] = choices.get("paper"), choices.get("budget")
+    plain["files"] = _files(dataset, plain["attack"])
     plain["hardware"] = {"_target_": plain["hardware"]["_target_"], **vars(hardware)}
     plain["hardware"].pop("resident_gib")
 
@@ -121,6 +123,19 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
         variant=variant, run_dir=run_dir, cache_dir=Path(str(config.cache_root)).expanduser(),
         floor=config.evaluation.floor, redo=bool(config.resume.redo), restart=bool(config.resume.restart), sweep=sweep,
     )  # fmt: skip
+
+
+def _files(dataset: Any, attack: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the files behind the configuration: a folder's images, an attack's own picture. Without them a changed
+    file would pass for the old one."""
+    found = {}
+    if hasattr(dataset, "fingerprint"):
+        found["dataset"] = dataset.fingerprint()
+    for key, value in attack.items():
+        path = Path(value).expanduser() if isinstance(value, str) and value else None
+        if path is not None and path.is_file():
+            found[f"attack.{key}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def _facts(config: DictConfig, dataset: Any, train: TrainConfig) -> Facts:

@@ -119,7 +119,7 @@ class Decoder:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DiskError(f"could not make {folder}: {error.strerror}; choose another cache_root") from error
-        stamps = [_stamp(root, name) for name in names]
+        stamps = [stamp(root, name) for name in names]
         where = printable(str(root.resolve()))
         key = digest([_VERSION, where, self.size, self.resize, self.max_pixels, stamps])[:32]
         path, record = folder / f"{key}.npy", folder / f"{key}.json"
@@ -225,7 +225,8 @@ def _fit(image: Image.Image, size: int, resize: str) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
-def _stamp(root: Path, name: str) -> list[object]:
+def stamp(root: Path, name: str) -> list[object]:
+    """(name, size, time of change) of a file: what tells that it was replaced without reading it."""
     try:
         stat = (root / name).stat()
     except OSError:  # told when the file is read

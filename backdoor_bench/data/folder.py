@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from backdoor_bench.data.common import check_fields, finish, warn
-from backdoor_bench.data.decode import Decoder, printable
+from backdoor_bench.data.decode import Decoder, printable, stamp
 from backdoor_bench.data.tree import list_images, read_images, subfolders
 from backdoor_bench.errors import ConfigError, DataError
+from backdoor_bench.storage import digest
 from backdoor_bench.types import Dataset, Progress
 
 _SPLITS = ("train", "test", "val")
@@ -85,6 +86,20 @@ class FolderDataset:
         if self.truth is not None:
             known = read_truth(root / Path(self.truth).expanduser(), kept_names, train.labels, classes, names)
         return finish(self, train, test, classes, file_names=kept_names, **known)
+
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and times of all images and of the truth: another one means other data.
+
+        Raises ConfigError without a root, DataError when the tree cannot be read.
+        """
+        if not self.root:
+            raise ConfigError("dataset.root is not set: set dataset.root=DIR, a folder with one subfolder a class")
+        root = Path(self.root).expanduser()
+        names = []
+        for base in (base for base in _layout(root) if base is not None):
+            names += list_images(root, base, subfolders(root / base))[0]
+        stamps = [stamp(root, name) for name in names]
+        return digest([*stamps, stamp(root, str(Path(self.truth).expanduser())) if self.truth else None])
 
     def _decoder(self) -> Decoder:
         return Decoder(

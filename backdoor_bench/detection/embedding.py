@@ -45,8 +45,8 @@ class EmbeddingSettings:
     perplexity: lowered where 3 * perplexity exceeds N - 1. learning_rate: a number, or ``auto`` = N over the
     exaggeration in force (Belkina et al., 2019). early_exaggeration, exaggeration_iter: factor and length of the first
     phase. iterations: those after it. early_momentum, momentum: of the two phases. neighbors: exact|approx|auto.
-    repulsion: auto|fft|bh (Barnes-Hut), openTSNE's; auto = bh below 10,000. initialisation: pca|random. pca_dims: principal components kept
-    before t-SNE, 0 = off. rescale_radius: in pca and svd maps, the 95th percentile of the distance to the centroid.
+    repulsion: auto|fft|bh (Barnes-Hut), openTSNE's; auto = bh below 10,000. initialisation: pca|random.
+    pca_dims: principal components kept before t-SNE, 0 = off. rescale_radius: in pca and svd maps, the 95th percentile of the distance to the centroid.
     """
 
     backend: str
@@ -317,7 +317,12 @@ def _make_opentsne(task: _Task) -> _Made:
                 n_iter=iterations, exaggeration=exaggeration, momentum=momentum, learning_rate=rate, inplace=True
             )
     # Rounded, because the threads add up the divergence in any order; the points do not depend on it.
-    used = {"neighbors": search, "repulsion": repulsion, "learning_rates": rates, "kl_divergence": round(float(embedding.kl_divergence), 6)}
+    used = {
+        "neighbors": search,
+        "repulsion": repulsion,
+        "learning_rates": rates,
+        "kl_divergence": round(float(embedding.kl_divergence), 6),
+    }
     return _Made(np.asarray(embedding), openTSNE.__version__, used)
 
 
