@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
         run = assemble.prepare_run(plan, dataset, report.progress, report.seconds)
         poisoned = plan.attack.poison(assemble.attacker_view(run, dataset))
         poisoned = assemble.with_holdout(plan, poisoned, holdout)
+        dataset = replace(dataset, train=poisoned.train)  # one copy of the data from here on
         report.poisoned(dataset, poisoned)
         raise_if_requested()
 
@@ -49,9 +51,7 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
         metrics = evaluator.model_metrics(result.model)
         metrics |= evaluator.isolation_metrics(result.flagged, result.trusted, result.score)
         undefended = evaluator.model_metrics(view.victim()) if view.victim.is_cached() else None
-        clean = assemble.clean_victim(run, dataset, evaluator)
-        wanted = plan.floor == "train" or (plan.floor == "auto" and clean.is_cached())
-        floor = evaluator.model_metrics(clean())["asr"] if wanted and evaluator.tests else None
+        floor = assemble.asr_floor(run, evaluator)
         return report.finish(result, metrics, undefended, floor, time.perf_counter() - start)
 
 

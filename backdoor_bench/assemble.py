@@ -57,7 +57,7 @@ def load(plan: Plan, progress: Progress) -> tuple[Dataset, ImageSet | None]:
 
     With ``holdout.source=seen`` the holdout rows are taken out for the attack and come back, clean, at the end.
     """
-    dataset: Dataset = plan.dataset.load()
+    dataset: Dataset = plan.dataset.load(progress)
     size = int(plan.config["holdout"]["size"])
     if size == 0:
         return dataset, None
@@ -143,20 +143,24 @@ def with_holdout(plan: Plan, poisoned: PoisonedSet, holdout: ImageSet | None) ->
     """The poisoned set as the defence sees it: with the holdout's rows at its end where ``holdout.source=seen``."""
     if holdout is None or plan.config["holdout"]["source"] == "reserved":
         return poisoned
-    images, extra = poisoned.train.images, holdout.images
-    if not isinstance(images, torch.Tensor) or not isinstance(extra, torch.Tensor):
-        raise ConfigError("holdout.source=seen needs data in memory; set holdout.source=reserved")
     count = len(holdout)
     none = torch.zeros(count, dtype=torch.bool)
-    labels = torch.cat([poisoned.train.labels, holdout.labels])
     return replace(
         poisoned,
-        train=ImageSet(torch.cat([images, extra]), labels, poisoned.train.num_classes),
+        train=_appended(poisoned.train, holdout),
         is_poisoned=torch.cat([poisoned.is_poisoned, none]),
         is_cover=torch.cat([poisoned.is_cover, none]),
         true_labels=torch.cat([poisoned.true_labels, holdout.labels]),
         trigger_id=torch.cat([poisoned.trigger_id, torch.full((count,), -1)]),
     )
+
+
+def _appended(train: ImageSet, holdout: ImageSet) -> ImageSet:
+    """The training set with the holdout's rows at its end."""
+    images, extra = train.images, holdout.images
+    if not isinstance(images, torch.Tensor) or not isinstance(extra, torch.Tensor):
+        raise ConfigError("holdout.source=seen needs data in memory; set holdout.source=reserved")
+    return ImageSet(torch.cat([images, extra]), torch.cat([train.labels, holdout.labels]), train.num_classes)
 
 
 def truth_of(dataset: Dataset, poisoned: PoisonedSet, poisons: bool) -> Truth:
@@ -219,16 +223,38 @@ def _resident(images: Images, plan: Plan) -> Images:
     return resident(images, plan.hardware.resident_gib, torch.device(plan.hardware.device))
 
 
-def clean_victim(run: Run, dataset: Dataset, evaluator: Evaluator) -> CachedVictim:
-    """The victim of the unpoisoned set, under the cache key that ``attack=none defense=no_defense`` gives it."""
+def asr_floor(run: Run, evaluator: Evaluator) -> float | None:
+    """The ASR of a model of the same recipe and seed that never saw the trigger; None where there is none to be had.
+
+    It is the victim of the unpoisoned set, under the cache key that ``attack=none defense=no_defense`` gives it. With
+    ``evaluation.floor=train`` the data are loaded again and it is trained, if the cache does not hold it.
+    """
     plan = run.plan
+    if not evaluator.tests or plan.floor == "never":
+        return None
     silent = Recorder(evaluator, lambda row: None, lambda epoch, detail: None)
-    return CachedVictim(
-        ImageSet(_resident(dataset.train.images, plan), dataset.train.labels, dataset.train.num_classes),
-        lambda: run.new_model(dataset.train.num_classes),
-        plan.train,
-        lambda: generator(plan.seed, "training"),
-        Stages(plan.cache_dir, plan.victim_scope(poisons=False), run.progress, {}, silent),
-        silent,
-        run.progress,
-    )
+    stages = Stages(plan.cache_dir, plan.victim_scope(poisons=False), run.progress, {}, silent)
+
+    def victim(train: ImageSet) -> CachedVictim:
+        return CachedVictim(
+            train,
+            lambda: run.new_model(evaluator.num_classes),
+            plan.train,
+            lambda: generator(plan.seed, "training"),
+            stages,
+            silent,
+            run.progress,
+        )
+
+    empty = ImageSet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), 0)
+    clean = victim(empty)
+    if not clean.is_cached():
+        if plan.floor == "auto":
+            return None
+        run.progress.say("training on the clean set for the ASR floor")
+        dataset, holdout = load(plan, run.progress)
+        seen = holdout is not None and plan.config["holdout"]["source"] == "seen"
+        train = _appended(dataset.train, holdout) if seen and holdout is not None else dataset.train
+        clean = victim(ImageSet(_resident(train.images, plan), train.labels, train.num_classes))
+    floor: float | None = evaluator.model_metrics(clean())["asr"]
+    return floor

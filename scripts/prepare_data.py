@@ -21,12 +21,15 @@ from typing import Any
 
 import yaml
 
-from backdoor_bench.data.archives import extract
-from backdoor_bench.data.fetch import check_md5
-from backdoor_bench.errors import BenchError, ConfigError
-from backdoor_bench.types import Dataset
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a clone works without being installed
 
-CONFIGS = Path(__file__).resolve().parent.parent / "conf" / "dataset"
+from backdoor_bench.data.archives import extract  # noqa: E402
+from backdoor_bench.data.fetch import check_md5  # noqa: E402
+from backdoor_bench.errors import BenchError, ConfigError  # noqa: E402
+from backdoor_bench.types import Dataset  # noqa: E402
+
+CONFIGS = ROOT / "conf" / "dataset"
 FETCHED = ("cifar10", "cifar100", "gtsrb", "imagenette")
 
 

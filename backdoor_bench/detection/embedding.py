@@ -46,7 +46,8 @@ class EmbeddingSettings:
     exaggeration in force (Belkina et al., 2019). early_exaggeration, exaggeration_iter: factor and length of the first
     phase. iterations: those after it. early_momentum, momentum: of the two phases. neighbors: exact|approx|auto.
     repulsion: auto|fft|bh (Barnes-Hut), openTSNE's; auto = bh below 10,000. initialisation: pca|random.
-    pca_dims: principal components kept before t-SNE, 0 = off. rescale_radius: in pca and svd maps, the 95th percentile of the distance to the centroid.
+    pca_dims: principal components kept before t-SNE, 0 = off. rescale_radius: in pca and svd maps, the 95th percentile
+    of the distance to the centroid.
     """
 
     backend: str

@@ -79,7 +79,7 @@ class Report:
                 poisoned.true_labels[rows],
                 poisoned.train.labels[rows],
                 dataset.class_names,
-                f"attack {self.plan.names['attack']}: clean, poisoned, difference x10",
+                f"attack {self.plan.names['attack']}: clean, poisoned, difference",
             )
             self._tracker.image("poisoned pairs", path)
 

@@ -1,0 +1,428 @@
+"""Before and around a run: nothing foreign is imported, sweeps are counted, errors become one line and an exit code."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from backdoor_bench import launch
+from backdoor_bench.errors import ConfigError, DataError, Diverged, DiskError, Interrupted
+from tests.conftest import CONF, TOY
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Hydra about callbacks and reruns
+
+
+@pytest.fixture
+def go(tmp_path, capsys):
+    """``go("seed=1", ...)`` runs the command line with a task that only notes its plan."""
+
+    class Go:
+        def __init__(self):
+            self.plans, self.out, self.err = [], "", ""
+
+        def task(self, plan):
+            self.plans.append(plan)
+            return tmp_path / "result.json"
+
+        def __call__(self, *argv, task=None):
+            self.plans = []
+            root = f"output_root={tmp_path}/outputs"
+            code = launch.main(task or self.task, CONF, [*TOY, root, *argv])
+            self.out, self.err = capsys.readouterr()
+            return code
+
+    return Go()
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A module that leaves a file behind when it is imported, and one when its function is called."""
+    imported, called = tmp_path / "imported", tmp_path / "called"
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "evil_for_test.py").write_text(
+        f"from pathlib import Path\nPath({str(imported)!r}).touch()\n"
+        f"def run(*args, **kwargs):\n    Path({str(called)!r}).touch()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    monkeypatch.delitem(__import__("sys").modules, "evil_for_test", raising=False)
+    return lambda: imported.exists() or called.exists()
+
+
+# ------------------------------------------------------------------ foreign targets
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("attack._target_=evil_for_test.run", "attack._target_"),
+        ("+attack.x={_target_:evil_for_test.run}", "attack.x._target_"),
+        ("+a.b.c._target_=evil_for_test.run", "a.b.c._target_"),
+        ("+a=[1,{b:[{_target_:evil_for_test.run}]}]", "a.1.b.0._target_"),
+        ("+hydra.callbacks.x={_target_:evil_for_test.run}", "hydra.callbacks.x._target_"),
+        ("hydra.launcher._target_=evil_for_test.run", "hydra.launcher._target_"),
+        ("hydra.sweeper._target_=evil_for_test.run", "hydra.sweeper._target_"),
+        ("+hydra.job.env_set.x={_target_:evil_for_test.run}", "hydra.job.env_set.x._target_"),
+        ("dataset._target_=backdoor_bench_evil.run", "dataset._target_"),
+        ("dataset._target_=xbackdoor_bench.run", "dataset._target_"),
+        ("dataset._target_=hydra.utils.instantiate", "dataset._target_"),
+        ("dataset._target_=7", "dataset._target_"),
+        ("dataset._target_=null", "dataset._target_"),
+        ("dataset._target_=${attack.name_of_class}", "dataset._target_"),
+        ("dataset._target_='${oc.env:HOME}'", "dataset._target_"),
+        ("+attack.x={_target_:evil_for_test.run,_partial_:true}", "attack.x._target_"),
+    ],
+)
+def test_a_foreign_target_is_refused_before_anything_is_imported(go, evil, override, key):
+    assert go(override) == 2
+    assert go.err.startswith(f"error: {key}=")
+    assert "nothing was imported" in go.err
+    assert go.plans == []
+    assert not evil()
+
+
+def test_a_foreign_target_in_a_file_of_a_search_path_is_refused(go, evil, tmp_path):
+    folder = tmp_path / "mine" / "attack"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("_target_: evil_for_test.run\nseed: 0\n")
+    assert go(f"hydra.searchpath=[file://{tmp_path}/mine]", "attack=mine") == 2
+    assert "attack._target_='evil_for_test.run' is not allowed" in go.err
+    assert go.plans == []
+    assert not evil()
+
+
+def test_a_foreign_target_among_swept_values_stops_its_job_only(go, evil):
+    code = go("-m", "attack=none", "attack._target_=backdoor_bench.attacks.none.NoAttack,evil_for_test.run")
+    assert code == 8
+    assert len(go.plans) == 1
+    assert "evil_for_test.run" in go.err
+    assert "1 of 2 jobs failed" in go.err
+    assert not evil()
+
+
+TARGETS_THAT_SLIP = "launch.py:27/178 judges the text of _target_ only: a name that our module imported passes"
+RESOLVERS_THAT_SLIP = "launch.py:177 walks the unresolved tree, in which ${oc.create:{_target_: ...}} is a string"
+OTHER_ROOTS_SLIP = "launch.py:165 composes 'config' from conf/ whatever --config-name, --config-dir say"
+RERUN_SLIPS = "launch.py:100 lets --experimental-rerun through, which unpickles a file"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+attack.x={_target_:backdoor_bench.results.Path.touch,self:SENTINEL}",
+        "+hydra.callbacks.x={_target_:backdoor_bench.results.Path.touch,self:SENTINEL}",
+        "+hydra.callbacks.x={_target_:hydra._internal.core_plugins.basic_launcher.Path.touch,self:SENTINEL}",
+    ],
+)
+@pytest.mark.xfail(strict=True, reason=TARGETS_THAT_SLIP)
+def test_what_our_modules_imported_is_foreign_too(go, tmp_path, override):
+    go(override.replace("SENTINEL", str(tmp_path / "sentinel")))
+    assert not (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize("key", ["+attack.x", "dataset.mean", "+hydra.callbacks.x"])
+@pytest.mark.xfail(strict=True, reason=RESOLVERS_THAT_SLIP)
+def test_a_target_made_by_a_resolver_is_refused(go, evil, key):
+    go(f"{key}='${{oc.create:{{_target_:evil_for_test.run}}}}'")
+    assert not evil()
+
+
+@pytest.mark.xfail(strict=True, reason=OTHER_ROOTS_SLIP)
+def test_a_target_in_another_primary_config_is_refused(go, evil, tmp_path):
+    (tmp_path / "other.yaml").write_text(
+        "defaults:\n  - config\n  - _self_\nhydra:\n  callbacks:\n    x:\n      _target_: evil_for_test.run\n"
+    )
+    go("--config-dir", str(tmp_path), "--config-name", "other")
+    assert not evil()
+
+
+@pytest.mark.xfail(strict=True, reason=RERUN_SLIPS)
+def test_a_pickle_is_not_read(go, tmp_path):
+    import pickle
+
+    class Touch:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sentinel",))
+
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Touch()))
+    try:
+        go("--experimental-rerun", str(tmp_path / "config.pickle"))
+    except AttributeError:
+        pass  # what was unpickled is no configuration
+    assert not (tmp_path / "sentinel").exists()
+
+
+# ------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("defense.isolation=fct", "defense/isolation=fct"),
+        ("defense.removal=hiding,retrain", "defense/removal=hiding,retrain"),
+        ("+defense.removal=hiding", "+defense/removal=hiding"),
+        ("~defense.removal=hiding", "~defense/removal=hiding"),
+        ("defense/isolation=fct", "defense/isolation=fct"),
+        ("defense.isolation.eps=3", "defense.isolation.eps=3"),
+        ("defense.isolation={eps:3}", "defense.isolation={eps:3}"),
+        ("defense.isolations=fct", "defense.isolations=fct"),
+        ("defense.isolation", "defense.isolation"),
+        ("--config-dir=defense.isolation=x", "--config-dir=defense.isolation=x"),
+        ("output_root=a=b", "output_root=a=b"),
+    ],
+)
+def test_subgroup(word, wanted):
+    assert launch._subgroup(word) == wanted
+
+
+def test_a_subgroup_is_chosen_with_a_dot(go):
+    assert go("defense.removal=mixed_ce", "defense.removal.lambda_p=0.5") == 0
+    (plan,) = go.plans
+    assert type(plan.defense.removal).__name__ == "MixedCE"
+    assert plan.defense.removal.lambda_p == 0.5
+
+
+def test_options_may_stand_between_the_overrides(go):
+    assert go("seed=3,4", "-m", "attack=none") == 0
+    assert [plan.seed for plan in go.plans] == [3, 4]
+    assert all(plan.sweep for plan in go.plans)
+    assert go("seed=5", "--cfg", "job", "attack=none", "--resolve") == 0
+    assert go.plans == []
+    assert "seed: 5" in go.out
+    assert "backdoor_bench.attacks.none.NoAttack" in go.out
+
+
+def test_the_command_line_is_given_back(go):
+    import sys
+
+    before = list(sys.argv)
+    go("attack=none")
+    assert sys.argv == before
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_lists_every_file_of_every_group(go, word):
+    assert go("seed=nonsense", word) == 0
+    groups = [*launch.GROUPS, "defense/isolation", "defense/removal"]
+    listed = 0
+    for group in groups:
+        files = sorted((CONF / group).glob("*.yaml"))
+        if not files:
+            continue
+        section = go.out.split(f"\n{group.replace('/', '.')}:\n")[1].split("\n\n")[0]
+        names = [line.split()[0] for line in section.splitlines()]
+        assert names == [file.stem for file in files]
+        for file, line in zip(files, section.splitlines(), strict=True):
+            first = file.read_text().splitlines()[0]
+            assert line.endswith(first.removeprefix("#").strip() if first.startswith("#") else file.stem)
+        listed += len(files)
+    assert listed > 30
+    chosen_by_hand = {"train", *(group for group in groups)}
+    folders = {str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")}
+    overlays = {folder for folder in folders if folder.startswith(("train", "paper_")) or folder == "."}
+    assert folders - overlays <= chosen_by_hand, "a group that --help does not know"
+
+
+def test_every_example_of_the_help_composes(go):
+    go("--help")
+    examples = re.findall(r"^  python run\.py (.*?)(?: {2,}|$)", go.out.split("examples:")[1], re.MULTILINE)
+    examples = [text.split() for text in examples if text.strip()]
+    assert len(examples) >= 5
+    for words in examples:
+        words = [launch._subgroup(word) for word in words if launch._is_override(word)]
+        launch.check_command(CONF, words)
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+@pytest.mark.parametrize("text", ["seed=range(3,3)", "seed=range(5,1)"])
+def test_an_empty_sweep_is_refused(text):
+    with pytest.raises(ConfigError, match=re.escape(f"{text} sweeps over no value")):
+        launch.check_command(CONF, [text])
+
+
+def test_jobs_of_a_sweep_are_counted():
+    launch.check_command(CONF, ["seed=range(100)", "attack.seed=range(100)"])
+    with pytest.raises(ConfigError, match="the sweep has 10001 jobs, more than 10000"):
+        launch.check_command(CONF, ["seed=range(10001)"])
+    with pytest.raises(ConfigError, match="the sweep has 10100 jobs"):
+        launch.check_command(CONF, ["seed=range(101)", "attack.seed=range(50)", "attack=badnets,sig"])
+
+
+def test_swept_values_are_checked_one_by_one(go):
+    assert go("-m", "attack=none", "seed=0,-1,two,1") == 8
+    assert [plan.seed for plan in go.plans] == [0, 1]
+    assert "2 of 4 jobs failed, the others finished" in go.err
+    assert "seed=-1 is not allowed" in go.err
+    assert "seed='two' is not allowed" in go.err
+    assert go.out.count("result: ") == 2
+
+
+def test_a_swept_group_with_an_unknown_name_stops_everything(go):
+    assert go("-m", "attack=none,badnet") == 2
+    assert "attack=badnet is unknown (did you mean badnets?)" in go.err
+    assert go.plans == []
+
+
+@pytest.mark.xfail(strict=True, reason="launch.py:155 asks a glob for its values, which needs Hydra's config loader")
+def test_a_glob_sweeps_over_the_names_that_match(go):
+    assert go("-m", "attack=glob(badnets_*)", "attack.seed=0") == 0
+    assert len(go.plans) == len(list((CONF / "attack").glob("badnets_*.yaml")))
+
+
+def test_one_failing_job_does_not_stop_the_others(go):
+    plans = []
+
+    def task(plan):
+        plans.append(plan.seed)
+        if plan.seed == 1:
+            raise DataError("a file is broken")
+        if plan.seed == 2:
+            raise ZeroDivisionError("a bug")
+        return Path("done")
+
+    assert go("-m", "attack=none", "seed=0,1,2,3", task=task) == 8
+    assert plans == [0, 1, 2, 3]
+    assert "DataError: a file is broken" in go.err
+    assert "ZeroDivisionError: a bug" in go.err
+    assert "2 of 4 jobs failed" in go.err
+
+
+def test_an_interrupted_sweep_leaves_the_rest_for_the_next_time(go):
+    plans = []
+
+    def task(plan):
+        plans.append(plan.seed)
+        raise Interrupted("stopped by SIGTERM")
+
+    assert go("-m", "attack=none", "seed=0,1,2", task=task) == 7
+    assert plans == [0]
+
+
+# ------------------------------------------------------------------ exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("c"), 2), (DataError("d"), 3), (Diverged("v"), 4), (DiskError("k"), 6), (Interrupted("i"), 7),
+        (torch.OutOfMemoryError("CUDA out of\nmemory"), 5), (MemoryError(), 5), (KeyboardInterrupt(), 7),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)  # fmt: skip
+def test_errors_of_a_job_become_exit_codes(go, error, code):
+    def task(plan):
+        raise error
+
+    assert go("attack=none", task=task) == code
+    assert go.err.startswith("error: ")
+    assert go.err.count("\n") == 1
+    assert "result:" not in go.out
+    if code == 5:
+        assert "lower train.batch_size (now " in go.err
+
+
+def test_a_bug_is_not_hidden(go):
+    def task(plan):
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        go("attack=none", task=task)
+
+
+def test_traceback_is_shown_on_request(go):
+    def task(plan):
+        raise DataError("a file is broken")
+
+    assert go("--traceback", "attack=none", task=task) == 3
+    assert "Traceback" in go.err
+    assert go.err.endswith("error: a file is broken\n")
+
+
+def test_a_plan_says_where_everything_goes(go, tmp_path):
+    assert go("attack=sig", "seed=4", "attack.seed=9", "defense=no_defense", "attack.poison_rate=0.5") == 0
+    (plan,) = go.plans
+    assert plan.run_dir.relative_to(tmp_path) == Path(
+        "outputs/toy/tiny/sig/no_defense/attack.poison_rate=0.5,attack.seed=9,hardware.threads=1/seed4"
+    )
+    assert plan.cache_dir == tmp_path / "outputs" / "cache"
+    assert (plan.seed, plan.attack_seed, plan.poisons, plan.sweep) == (4, 9, True, False)
+    assert plan.names == {"dataset": "toy", "model": "tiny", "attack": "sig", "defense": "no_defense"}
+    assert "hydra" not in plan.config
+    assert not (tmp_path / "outputs").exists()
+
+
+# ------------------------------------------------------------------ messages
+
+
+def message(*overrides):
+    with pytest.raises(Exception) as caught:
+        launch.check_command(CONF, list(overrides))
+    return launch.explain(caught.value, CONF, list(overrides))
+
+
+def names(group):
+    return ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "nearest"),
+    [
+        ("attack", "badnet", "badnets"),
+        ("dataset", "cifar_10", "cifar10"),
+        ("model", "resnet19", "resnet18"),
+        ("defense/removal", "hidding", "hiding"),
+        ("hardware", "gpus", "gpu"),
+    ],
+)
+def test_unknown_choice_of_a_group(group, name, nearest):
+    assert message(f"{group}={name}") == f"{group}={name} is unknown (did you mean {nearest}?); valid: {names(group)}"
+
+
+def test_unknown_choice_without_anything_near():
+    assert message("attack=qqqq") == f"attack=qqqq is unknown; valid: {names('attack')}"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("attack.poison_rat=0.1", "attack.poison_rat", "attack.poison_rate"),
+        ("defense.isolation.epz=3", "defense.isolation.epz", "defense.isolation.eps"),
+        ("sed=1", "sed", "seed"),
+        ("atack=badnets", "atack", "attack"),
+        ("train.epoch=3", "train.epoch", "train.epochs"),
+        ("~train.epoch", "train.epoch", "train.epochs"),
+    ],
+)
+def test_unknown_key(override, key, nearest):
+    told = message(override)
+    assert told == f"{key} is no key of the configuration (did you mean {nearest}?); python run.py --help lists the groups"
+
+
+def test_key_of_another_choice():
+    told = message("attack=none", "attack.poison_rate=0.1")
+    assert told.startswith("attack.poison_rate does not exist with the groups chosen here")
+
+
+def test_missing_value_and_loop():
+    with pytest.raises(ConfigError, match=r"seed has no value: give it on the command line \(seed=\.\.\.\)"):
+        launch.check_command(CONF, ["seed=???"])
+
+
+def test_unreadable_override(go):
+    assert go("attack=[") == 2
+    assert "attack=[ cannot be read as KEY=VALUE" in go.err
+    assert go("attack") == 2
+    assert "attack cannot be read as KEY=VALUE" in go.err
+    assert go.plans == []
+
+
+def test_errors_of_others_are_not_explained():
+    assert launch.explain(ZeroDivisionError("x"), CONF, []) is None
+
+
+def test_hydra_full_error_is_left_on(go):
+    go("attack=none")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
