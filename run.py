@@ -40,12 +40,12 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
         poisoned = plan.attack.poison(assemble.attacker_view(run, dataset))
         poisoned = assemble.with_holdout(plan, poisoned, holdout)
         dataset = replace(dataset, train=poisoned.train)  # one copy of the data from here on
-        report.poisoned(dataset, poisoned)
+        evaluator = assemble.evaluator_for(run, dataset, poisoned)
+        report.poisoned(dataset, poisoned, evaluator.truth)
         raise_if_requested()
 
-        evaluator = assemble.evaluator_for(run, dataset, poisoned)
         view = assemble.defender_view(run, poisoned, holdout, report.recorder(evaluator))
-        result = plan.defense.defend(view)
+        result = assemble.checked(plan.defense.defend(view), len(view.train))
         raise_if_requested()
 
         metrics = evaluator.model_metrics(result.model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from backdoor_bench.cache import Stages
 from backdoor_bench.data.checks import split_holdout
@@ -22,10 +24,12 @@ from backdoor_bench.types import (
     AttackerView,
     Dataset,
     DefenderView,
+    DefenseResult,
     Facts,
     Images,
     ImageSet,
     PoisonedSet,
+    Probe,
     Progress,
 )
 
@@ -38,12 +42,13 @@ class Run:
     progress: Progress
     seconds: dict[str, float]
     new_model: Callable[[int], Classifier]
+    data_hash: str  # of the training images and labels as loaded: another folder's data are another scope
 
     def stages(self, scope: Any, rows: Any) -> Stages:
         """The stage cache of one scope."""
         return Stages(
             self.plan.cache_dir,
-            scope,
+            [scope, self.data_hash],
             self.progress,
             self.seconds,
             rows,
@@ -104,15 +109,32 @@ def prepare_run(plan: Plan, dataset: Dataset, progress: Progress, seconds: dict[
             "one batch an epoch"
         )
 
+    return Run(plan, progress, seconds, _model_maker(plan, facts.image_size, plan.seed), _content_hash(dataset.train))
+
+
+def _model_maker(plan: Plan, image_size: int, seed: int) -> Callable[[int], Classifier]:
+    """num_classes -> an untrained model, the same at every call."""
+
     def new_model(num_classes: int) -> Classifier:
         with torch.random.fork_rng():
-            torch.manual_seed(derive(plan.seed, "model"))
+            torch.manual_seed(derive(seed, "model"))
             model: Classifier = plan.model.build(
-                num_classes, facts.image_size, tuple(plan.dataset.mean), tuple(plan.dataset.std)
+                num_classes, image_size, tuple(plan.dataset.mean), tuple(plan.dataset.std)
             )
         return model
 
-    return Run(plan, progress, seconds, new_model)
+    return new_model
+
+
+def _content_hash(train: ImageSet) -> str:
+    """Hex SHA-256 of images and labels (of a memory-mapped set every hundredth image: the rest stays on disk)."""
+    found = hashlib.sha256(train.labels.numpy().tobytes())
+    images = train.images
+    step = 1 if isinstance(images, torch.Tensor) else 100
+    for start in range(0, len(images), 4096 * step):
+        rows = torch.arange(start, min(start + 4096 * step, len(images)), step)
+        found.update(images[rows].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 class _NoRows:
@@ -125,15 +147,14 @@ class _NoRows:
 def attacker_view(run: Run, dataset: Dataset) -> AttackerView:
     """All the attack may see."""
     plan = run.plan
-    assets = plan.config["assets"]
     return AttackerView(
         train=dataset.train,
         num_classes=dataset.train.num_classes,
-        new_model=run.new_model,
+        # An attacker's own models depend on the attack's seed, not on the victim's.
+        new_model=_model_maker(plan, dataset.train.images.shape[-1], plan.attack_seed),
         train_config=plan.train,
         generator=generator(plan.attack_seed, "attack"),
-        stages=run.stages(plan.poison_scope(), _NoRows()),
-        assets=Path(assets).expanduser() if assets else None,
+        stages=run.stages([plan.poison_scope(), plan.config["model"], plan.train.key()], _NoRows()),
         device=torch.device(plan.hardware.device),
         progress=run.progress,
     )
@@ -165,7 +186,7 @@ def _appended(train: ImageSet, holdout: ImageSet) -> ImageSet:
 
 def truth_of(dataset: Dataset, poisoned: PoisonedSet, poisons: bool) -> Truth:
     """What is known of the training rows: the attack's own truth, or what a user says of a folder, or nothing."""
-    if poisons or dataset.file_names is None:
+    if poisons or not dataset.untrusted:
         return Truth(poisoned.is_poisoned, poisoned.is_cover)
     if dataset.known_poison is None:
         return Truth(None, None)
@@ -210,10 +231,52 @@ def defender_view(run: Run, poisoned: PoisonedSet, holdout: ImageSet | None, rec
         train_config=plan.train,
         generator=generator(plan.seed, "defense"),
         stages=stages,
-        probe=recorder,
+        probe=_probe_of(recorder),
         device=torch.device(plan.hardware.device),
-        progress=run.progress,
+        progress=_Told(run.progress),
     )
+
+
+def _probe_of(recorder: Recorder) -> Probe:
+    """The recorder without what it has recorded: a defence must not read its own test results back."""
+
+    def probe(
+        model: nn.Module | None = None,
+        flagged: torch.Tensor | None = None,
+        *,
+        stage: str,
+        epoch: int,
+        detail: Mapping[str, Any] | None = None,
+    ) -> None:
+        recorder(model, flagged, stage=stage, epoch=epoch, detail=detail)
+
+    return probe
+
+
+class _Told:
+    """Progress to speak to, not to read: its warnings may name the attack."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def task(self, name: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        return self._progress.task(name, total)
+
+    def say(self, message: str) -> None:
+        self._progress.say(message)
+
+    def warn(self, message: str) -> None:
+        self._progress.warn(message)
+
+
+def checked(result: DefenseResult, count: int) -> DefenseResult:
+    """The result, if its flags and scores fit the training set; a defence's bug must not pass for a number."""
+    for name, kind in (("flagged", torch.bool), ("trusted", torch.bool), ("score", torch.float32)):
+        value = getattr(result, name)
+        assert value is None or (value.dtype == kind and value.shape == (count,) and value.device.type == "cpu"), (
+            f"DefenseResult.{name} must be {kind} [{count}] on the CPU"
+        )
+    return result
 
 
 def _resident(images: Images, plan: Plan) -> Images:
@@ -224,16 +287,16 @@ def _resident(images: Images, plan: Plan) -> Images:
 
 
 def asr_floor(run: Run, evaluator: Evaluator) -> float | None:
-    """The ASR of a model of the same recipe and seed that never saw the trigger; None where there is none to be had.
+    """The ASR of a model of the same recipe and seed that never saw the trigger; None with ``evaluation.floor=never``.
 
-    It is the victim of the unpoisoned set, under the cache key that ``attack=none defense=no_defense`` gives it. With
-    ``evaluation.floor=train`` the data are loaded again and it is trained, if the cache does not hold it.
+    It is the victim of the unpoisoned set, under the cache key that ``attack=none defense=no_defense`` gives it; if the
+    cache does not hold it, the data are loaded again and it is trained.
     """
     plan = run.plan
     if not evaluator.tests or plan.floor == "never":
         return None
-    silent = Recorder(evaluator, lambda row: None, lambda epoch, detail: None)
-    stages = Stages(plan.cache_dir, plan.victim_scope(poisons=False), run.progress, {}, silent)
+    # Its curves would be measured with this attack's trigger: none are kept.
+    stages = Stages(plan.cache_dir, [plan.victim_scope(poisons=False), run.data_hash], run.progress, {}, _NoRows())
 
     def victim(train: ImageSet) -> CachedVictim:
         return CachedVictim(
@@ -242,15 +305,13 @@ def asr_floor(run: Run, evaluator: Evaluator) -> float | None:
             plan.train,
             lambda: generator(plan.seed, "training"),
             stages,
-            silent,
+            lambda *args, **details: None,
             run.progress,
         )
 
     empty = ImageSet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), 0)
     clean = victim(empty)
     if not clean.is_cached():
-        if plan.floor == "auto":
-            return None
         run.progress.say("training on the clean set for the ASR floor")
         dataset, holdout = load(plan, run.progress)
         seen = holdout is not None and plan.config["holdout"]["source"] == "seen"

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from backdoor_bench.errors import DiskError
 from backdoor_bench.storage import (
     Bundle,
     Checkpoints,
@@ -85,7 +86,8 @@ class Stages:
         """What ``build`` returns (tensors, plain values), made once for this scope, name and ``settings``.
 
         name: also the key under which its seconds are booked; a cached step books what it took when it was made. A
-        value ``seconds_by_stage`` (dict) among the plain values books its seconds under several names instead.
+        value ``seconds_by_stage`` (dict) among the plain values books its seconds under several names instead; a true
+        ``transient`` keeps nothing (a result of second choice, which the next run should try to better).
         """
         entry = self._entry(name, settings)
         with self._locked(entry, name):
@@ -95,6 +97,10 @@ class Stages:
                 tensors, meta = build()
                 value = dict(meta)
                 took = value.pop("seconds_by_stage", None) or {name: time.perf_counter() - start}
+                if value.pop("transient", False):
+                    bundle = Bundle(dict(tensors), {"value": value, "seconds": took})
+                    self._book(bundle)
+                    return Bundle(bundle.tensors, value)
                 save_bundle(entry / "bundle", tensors, {"value": value, "seconds": took})
                 bundle = load_bundle(entry / "bundle")
         self._book(bundle)
@@ -144,10 +150,12 @@ class Stages:
     def _locked(self, entry: Path, name: str) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
-        entry.mkdir(parents=True, exist_ok=True)
         lock = FileLock(entry / "lock")
         try:
+            entry.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+        except OSError as error:
+            raise DiskError(f"cannot write to {entry}: {error}; set another output_root or cache_root") from error
         except Timeout:
             self._progress.say(f"another run is making '{name}' ({entry}); waiting for it")
             lock.acquire()

@@ -80,6 +80,12 @@ def check_range(
         raise ConfigError(f"{key}={value!r} is not allowed: it must be {kind} {bounds}")
 
 
+def check_flag(key: str, value: object) -> None:
+    """Raise ConfigError unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} is not allowed: it must be true or false")
+
+
 def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ConfigError unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -186,7 +186,9 @@ class Recorder:
         self.record(row)
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Keep a row; the newest of a stage and epoch counts."""
+        """Keep a row; the newest of a stage and epoch counts, one known already is not told again."""
+        if self._rows.get((row["stage"], row["epoch"])) == row:
+            return
         self._rows[(row["stage"], row["epoch"])] = row
         if self._listener is not None:
             self._listener(row)

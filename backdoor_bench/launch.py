@@ -7,6 +7,7 @@ the job: a ``_target_`` outside this package (and Hydra's launchers and sweepers
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 import sys
@@ -22,12 +23,19 @@ if TYPE_CHECKING:
     from backdoor_bench.plan import Plan
 
 GROUPS = ("dataset", "model", "attack", "defense", "hardware", "tracking", "paper", "experiment", "budget")
+SECTIONS = (
+    *("dataset", "model", "train", "train.augment", "attack", "defense", "hardware", "tracking"),
+    *("holdout", "evaluation", "resume"),
+)
 # Written with a dot on the command line, chosen as a group by Hydra.
 SUBGROUPS = ("defense.isolation", "defense.removal")
-ALLOWED_TARGETS = re.compile(
-    r"backdoor_bench\.|hydra\._internal\.core_plugins\.|hydra_plugins\.(hydra_)?(joblib|submitit|ray|bench)\w*\."
-)
+# Hydra's own: only classes named as launchers and sweepers are, in the modules that hold them.
+HYDRA_TARGETS = re.compile(r"(hydra\._internal\.core_plugins\.\w+|hydra_plugins(\.\w+)+)\.\w+(Launcher|Sweeper)")
+# Everything else that Hydra takes could bring another configuration, or a pickle, past the check of targets.
+OPTIONS = ("-m", "--multirun", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "job", "all", "hydra")
 MAX_JOBS = 10_000
+MANY = "--many"  # allows more
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 Task = Callable[["Plan"], Path]
 
 
@@ -40,12 +48,12 @@ def main(task: Task, conf: Path, argv: list[str]) -> int:
         print(help_text(conf))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
-    show_trace = "--traceback" in argv
-    argv = [_subgroup(word) for word in argv if word != "--traceback"]
+    show_trace, many = "--traceback" in argv, MANY in argv
+    argv = [_subgroup(word) for word in argv if word not in ("--traceback", MANY)]
     # Options first: argparse does not take them between the overrides.
     argv = sorted(argv, key=_is_override)
     try:
-        return _run(task, conf, argv, show_trace)
+        return _run(task, conf, argv, show_trace, many)
     except BenchError as error:
         return fail(str(error), error.exit_code, show_trace)
     except KeyboardInterrupt:
@@ -67,12 +75,17 @@ def fail(message: str, code: int, show_trace: bool) -> int:
     return code
 
 
-def _run(task: Task, conf: Path, argv: list[str], show_trace: bool) -> int:
+def _run(task: Task, conf: Path, argv: list[str], show_trace: bool, many: bool) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    check_command(conf, [word for word in argv if _is_override(word)])
+    for word in argv:
+        if not _is_override(word) and word not in OPTIONS:
+            raise ConfigError(f"{word} is neither KEY=VALUE nor an option{_nearest(word, list(GROUPS))}; see --help")
+    words = [word for word in argv if _is_override(word)]
+    check_command(conf, words, many)
+    sweep_name = f"sweep-{hashlib.sha256(' '.join(sorted(words)).encode()).hexdigest()[:8]}"
     # Errors are raised when Hydra has returned: it prints "Error executing job" over whatever passes through it.
     failures: list[tuple[str, Exception]] = []
     done: list[Path] = []
@@ -85,7 +98,8 @@ def _run(task: Task, conf: Path, argv: list[str], show_trace: bool) -> int:
             return  # asked to stop: the remaining jobs of the sweep are left for the next time
         try:
             refuse_foreign_targets(config)
-            result = guarded(task, config, overrides, sweep, dict(state.runtime.choices))
+            choices = dict(state.runtime.choices)
+            result = guarded(task, config, overrides, sweep_name if sweep else None, choices)
         except Exception as error:
             failures.append((" ".join(overrides), error))
             if sweep:
@@ -109,9 +123,11 @@ def _run(task: Task, conf: Path, argv: list[str], show_trace: bool) -> int:
     return 0
 
 
-def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: bool, choices: dict[str, Any]) -> Path:
-    """``task`` of the prepared plan, with the errors of torch and of Hydra's instantiation turned into ours."""
-    import torch
+def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: str | None, choices: dict[str, Any]) -> Path:
+    """``task`` of the prepared plan, with the errors of torch and of Hydra's instantiation turned into ours.
+
+    sweep: the name that the jobs of one sweep share, None for a single run.
+    """
     from hydra.errors import InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -132,7 +148,9 @@ def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: bool, c
         raise ConfigError(_one_line(error)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, so is the CPU's
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
         raise OutOfMemory(
             f"out of memory: {_one_line(error) or 'no memory left'}; lower train.batch_size (now "
             f"{config.train.batch_size}), dataset.limit or hardware.resident_gib, then run the same command again"
@@ -142,8 +160,11 @@ def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: bool, c
 # ---------------------------------------------------------------------- checks before Hydra starts
 
 
-def check_command(conf: Path, overrides: list[str]) -> None:
-    """Compose the configuration (first value of each sweep) and refuse foreign targets; Hydra's errors pass through."""
+def check_command(conf: Path, overrides: list[str], many: bool = False) -> None:
+    """Compose the configuration (first value of each sweep) and refuse foreign targets; Hydra's errors pass through.
+
+    many: allow a sweep of more than MAX_JOBS jobs.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
@@ -152,22 +173,52 @@ def check_command(conf: Path, overrides: list[str]) -> None:
     single, jobs = [], 1
     for text, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
-            values = list(override.sweep_string_iterator())
+            values = _swept(override, conf)
             if not values:
                 raise ConfigError(f"{text} sweeps over no value: the sweep is empty")
             jobs *= len(values)
             single.append(f"{text.split('=', 1)[0]}={values[0]}")
         else:
             single.append(text)
-    if jobs > MAX_JOBS:
-        raise ConfigError(f"the sweep has {jobs} jobs, more than {MAX_JOBS}: split it")
+    if jobs > MAX_JOBS and not many:
+        raise ConfigError(f"the sweep has {jobs} jobs, more than {MAX_JOBS}: split it, or add {MANY} to run them all")
     with initialize_config_dir(str(conf), version_base="1.3"):
         config = compose("config", single, return_hydra_config=True)
     refuse_foreign_targets(config)
-    missing = OmegaConf.missing_keys(config) - {"hydra.job.name", "hydra.job.id", "hydra.job.num"}
-    missing = {key for key in missing if not key.startswith("hydra.")}
+    for key in SECTIONS:
+        if not OmegaConf.is_dict(OmegaConf.select(config, key)):
+            value = OmegaConf.select(config, key)
+            raise ConfigError(
+                f"{key}={value!r} is not allowed: it is a section of keys, set one of them ({key}.KEY=...)"
+            )
+    missing = {key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")}
     if missing:
         raise ConfigError(f"{sorted(missing)[0]} has no value: give it on the command line ({sorted(missing)[0]}=...)")
+
+
+def _swept(override: Any, conf: Path) -> list[str]:
+    """The values a sweep override runs through."""
+    from hydra.core.override_parser.types import Glob
+
+    if isinstance(override.value(), Glob):
+        return [
+            str(name) for name in override.value().filter([name for name, _ in options(conf, override.key_or_group)])
+        ]
+    return list(override.sweep_string_iterator())
+
+
+def _is_ours(target: str) -> bool:
+    """Whether ``target`` is a class written in one of this package's files, found without importing anything.
+
+    A prefix would not do: ``backdoor_bench.results.os.system`` has it too.
+    """
+    module, _, name = target.rpartition(".")
+    parts = module.split(".")
+    if parts[0] != "backdoor_bench" or not all(part.isidentifier() for part in (*parts, name)):
+        return False
+    path = Path(__file__).resolve().parent.joinpath(*parts[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.is_file() and re.search(rf"^class {name}\b", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def refuse_foreign_targets(config: DictConfig) -> None:
@@ -175,9 +226,9 @@ def refuse_foreign_targets(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     for key, target in _targets(OmegaConf.to_container(config, resolve=False), ""):
-        if not isinstance(target, str) or not ALLOWED_TARGETS.match(target):
+        if not isinstance(target, str) or not (_is_ours(target) or HYDRA_TARGETS.fullmatch(target)):
             raise ConfigError(
-                f"{key}={target!r} is not allowed: a _target_ must lie in backdoor_bench (nothing was imported)"
+                f"{key}={target!r} is not allowed: a _target_ must be a class of backdoor_bench (nothing was imported)"
             )
 
 
@@ -255,7 +306,7 @@ def known_keys(conf: Path) -> list[str]:
                 yield from walk(value, f"{prefix}{key}.")
 
     assert isinstance(config, dict)
-    return [*GROUPS, *walk(config, "")]
+    return [*GROUPS, *(group.replace(".", "/") for group in SUBGROUPS), *walk(config, "")]
 
 
 def _nearest(name: str, valid: list[str]) -> str:

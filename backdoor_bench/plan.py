@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from backdoor_bench.errors import ConfigError, check_choice, check_range
-from backdoor_bench.results import config_hash, variant_name
+from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
+from backdoor_bench.results import config_hash, hashed_part, variant_name
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.hardware import Hardware
 from backdoor_bench.types import Facts
 
-GROUPS_IN_PATH = ("dataset", "model", "attack", "defense", "hardware", "tracking", "experiment")
+GROUPS_IN_PATH = ("dataset", "model", "attack", "defense", "hardware", "tracking")
 KEYS_NOT_IN_VARIANT = ("seed", "output_root", "cache_root", "hydra", "tracking", "resume", "sweep")
 
 
@@ -46,7 +47,6 @@ class Plan:
     floor: str
     redo: bool
     restart: bool
-    sweep: bool
 
     @property
     def poisons(self) -> bool:
@@ -57,7 +57,7 @@ class Plan:
         """What the poisoned set depends on; ``poisons=False`` gives the clean set's."""
         keep = self.poisons if poisons is None else poisons
         attack = self.config["attack"] if keep else None
-        dataset = {k: v for k, v in self.config["dataset"].items() if k not in ("download", "cache_dir", "on_error")}
+        dataset = hashed_part(self.config["dataset"], "dataset.")
         return {"dataset": dataset, "attack": attack, "holdout": self.config["holdout"], "files": self.config["files"]}
 
     def victim_scope(self, poisons: bool | None = None) -> dict[str, Any]:
@@ -70,13 +70,16 @@ class Plan:
         }
 
 
-def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapping[str, str]) -> Plan:
+def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices: Mapping[str, str]) -> Plan:
     """Build and check everything that can be without data. Raises ConfigError with key, value and allowed range.
 
-    overrides: the command line's, for the folder name. choices: the chosen file of each group.
+    overrides: the command line's, for the folder name. sweep: the name its jobs share, W&B's group. choices: the chosen
+    file of each group.
     """
     check_range("seed", config.seed, 0, 2**31 - 1, integer=True)
-    check_choice("evaluation.floor", config.evaluation.floor, ("auto", "train", "never"))
+    check_choice("evaluation.floor", config.evaluation.floor, ("never", "train"))
+    for key in ("restart", "redo"):
+        check_flag(f"resume.{key}", config.resume[key])
     check_choice("holdout.source", config.holdout.source, ("reserved", "seen"))
     check_range("holdout.size", config.holdout.size, 0, float("inf"), integer=True)
     for key in ("output_root", "cache_root"):
@@ -90,6 +93,8 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
     attack = instantiate(config.attack)
     defense = instantiate(config.defense)
     tracking = instantiate(config.tracking)
+    if tracking.group is None and sweep is not None:
+        tracking = replace(tracking, group=sweep)
 
     facts = _facts(config, dataset, train)
     for part in (model, attack, defense):
@@ -106,13 +111,14 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
     plain: dict[str, Any] = {str(key): value for key, value in resolved.items() if key != "hydra"}
     names = {group: str(choices[group]) for group in ("dataset", "model", "attack", "defense")}
     plain["names"] = names
-    plain["paper"], plain["budget"] = choices.get("paper"), choices.get("budget")
+    for group in ("paper", "experiment", "budget"):
+        plain[group] = choices.get(group)
     plain["files"] = _files(dataset, plain["attack"])
     plain["hardware"] = {"_target_": plain["hardware"]["_target_"], **vars(hardware)}
-    plain["hardware"].pop("resident_gib")
 
     shown = [text for text in map(_shown, overrides) if text]
-    if choices["hardware"] != "auto" and hardware != _automatic(hardware):
+    # On a machine without a GPU the CPU is what auto means.
+    if choices["hardware"] not in ("auto", "cpu") or (choices["hardware"] == "cpu" and torch.cuda.is_available()):
         shown.append(f"hardware={choices['hardware']}")
     variant = variant_name(shown, config_hash(plain))
     root = Path(str(config.output_root)).expanduser()
@@ -121,7 +127,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: bool, choices: Mapp
         config=plain, dataset=dataset, model=model, attack=attack, defense=defense, train=train, tracking=tracking,
         hardware=hardware, seed=int(config.seed), attack_seed=int(config.attack.get("seed", config.seed)), names=names,
         variant=variant, run_dir=run_dir, cache_dir=Path(str(config.cache_root)).expanduser(),
-        floor=config.evaluation.floor, redo=bool(config.resume.redo), restart=bool(config.resume.restart), sweep=sweep,
+        floor=config.evaluation.floor, redo=bool(config.resume.redo), restart=bool(config.resume.restart),
     )  # fmt: skip
 
 
@@ -163,14 +169,6 @@ def _shown(override: str) -> str | None:
     key = override.split("=", 1)[0].lstrip("+~")
     if key in GROUPS_IN_PATH or key.split(".")[0].split("/")[0] in KEYS_NOT_IN_VARIANT:
         return None
-    if key in ("paper", "budget"):
+    if key in ("paper", "experiment", "budget"):
         return None if override.endswith("=null") else override
     return override
-
-
-def _automatic(hardware: Hardware) -> Hardware:
-    """What hardware=auto would resolve to here, with what cannot change a result taken from ``hardware``."""
-    return Hardware(
-        device="auto", precision="auto", channels_last=True, compile=False, threads=2, deterministic=False,
-        resident_gib=hardware.resident_gib,
-    ).resolve()  # fmt: skip

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -35,13 +34,31 @@ from backdoor_bench.storage import (
 
 SCHEMA = 1
 # What may differ between two runs that compute the same.
-NOT_HASHED = ("output_root", "cache_root", "tracking", "resume", "hydra")
+NOT_HASHED = (
+    *("output_root", "cache_root", "tracking", "resume", "hydra", "dataset.cache_dir", "dataset.download"),
+    *(
+        "dataset.verify",
+        "dataset.memory_limit_gib",
+        "train.snapshots",
+        "train.checkpoint_seconds",
+        "hardware.resident_gib",
+    ),
+)
 VARIANT_LENGTH = 60
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a resolved configuration without what cannot change its result."""
-    return digest({key: value for key, value in config.items() if key not in NOT_HASHED})
+    return digest(hashed_part(config))
+
+
+def hashed_part(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The configuration without NOT_HASHED."""
+    return {
+        key: hashed_part(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in NOT_HASHED
+    }
 
 
 def variant_name(overrides: Sequence[str], hash_: str) -> str:
@@ -60,7 +77,7 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str
     """Dotted names of the values in which two configurations differ (those of NOT_HASHED left out)."""
     names = []
     for key in sorted({*one, *other}):
-        if not prefix and key in NOT_HASHED:
+        if f"{prefix}{key}" in NOT_HASHED:
             continue
         a, b = one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -159,7 +176,6 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> Path:
         path = self.path / "result.json"
         write_json(path, {"schema": SCHEMA, **result, "config_hash": self.hash})
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
         return path
 
 
@@ -186,7 +202,8 @@ def flagged_rows(
 ) -> list[dict[str, Any]]:
     """One row a training sample, most suspicious first: index, file, label, class, score, flagged, poisoned."""
     suspicion = score if score is not None else flagged.float()
-    order = torch.argsort(suspicion + flagged.float() * 1e6, descending=True, stable=True).tolist()
+    by_score = torch.argsort(suspicion, descending=True, stable=True)
+    order = by_score[torch.argsort(flagged[by_score].int(), descending=True, stable=True)].tolist()
     flags, values, numbers = flagged.tolist(), suspicion.tolist(), labels.tolist()
     truth = is_poisoned.tolist() if is_poisoned is not None else None
     return [
@@ -232,7 +249,7 @@ def load_model(run_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     module, name = target.rsplit(".", 1)
     meta = bundle.meta
     build = getattr(importlib.import_module(module), name)(**spec).build
-    tensors = {key.removeprefix("model."): value for key, value in bundle.tensors.items()}
+    tensors = bundle.tensors
     model = build(len(tensors["head.bias"]), meta["image_size"], tuple(meta["mean"]), tuple(meta["std"]))
     model.load_state_dict(tensors)
     return model.eval(), meta

@@ -6,12 +6,14 @@ written last, so a bundle without it, or whose checksum differs, counts as not t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As write_bytes, indented JSON that ends with a newline (NaN is refused: it is not JSON)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    """As write_bytes, indented JSON that ends with a newline; NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 def remove_stale_temporaries(folder: Path) -> None:
@@ -123,6 +135,8 @@ def load_bundle(path: Path) -> Bundle:
         data = data_file.read_bytes()
     except FileNotFoundError as error:
         raise Damaged(f"{error.filename} is missing") from error
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise Damaged(f"{json_file} is not valid JSON") from error
     if not isinstance(record, dict) or not {"schema", "sha256", "meta", "check"} <= record.keys():
@@ -166,6 +180,15 @@ class Checkpoints:
         """Seconds this training has taken, those before the checkpoint it resumed from included."""
         return self._spent_before + time.perf_counter() - self._start
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Time spent inside (evaluation) is no training time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent_before -= time.perf_counter() - start
+
     def due(self) -> bool:
         """Whether enough time has passed since the last one (large models cost more to save than to train an epoch)."""
         return time.perf_counter() - self._last >= self._min_seconds
@@ -183,18 +206,20 @@ class Checkpoints:
         if self.folder.is_dir():
             remove_stale_temporaries(self.folder)
         names = self._names()
+        damaged = 0
         for name in names:
             try:
                 bundle = load_bundle(self.folder / name)
             except Damaged as error:
                 warn(f"checkpoint {self.folder / name} is not usable ({error}); trying the one before it")
+                damaged += 1
                 continue
             if bundle.meta.get("key") != self.key:
                 warn(f"checkpoint {self.folder / name} belongs to another configuration and is not used")
                 continue
             self._spent_before = float(bundle.meta.get("seconds", 0.0))
             return bundle
-        if len(names) > 1:
+        if damaged > 1:
             # A single bad one is what a kill during the very first save leaves; two or more mean a sick disk.
             raise DataError(
                 f"every checkpoint in {self.folder} is damaged; set resume.restart=true to train this stage anew"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -53,6 +52,7 @@ class Dataset:
 
     test is None when the data come without one (a user's folder). file_names: one a training row, or None.
     known_poison, known_cover, true_labels: what a user says of the training rows (bool[N], bool[N], int64[N]) or None.
+    untrusted: the rows may be poisoned by somebody else, so what is not known is unknown (else: all clean).
     """
 
     train: ImageSet
@@ -62,6 +62,7 @@ class Dataset:
     known_poison: Tensor | None = None
     known_cover: Tensor | None = None
     true_labels: Tensor | None = None
+    untrusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,6 @@ class AttackerView:
     train_config: TrainConfig
     generator: torch.Generator  # on the CPU, for the choice of samples and everything random in the trigger
     stages: Stages
-    assets: Path | None
     device: torch.device
     progress: Progress
 
@@ -206,15 +206,13 @@ class Isolation:
 @dataclass(frozen=True)
 class DefenseResult:
     """model: float ``[B, 3, H, W]`` in [0, 1] -> logits (C, or C+1 with the dummy class last); evaluated and saved.
-    flagged, trusted, score, extra: as in Isolation. candidates: models among which the evaluator picks when
-    ``select=oracle``."""
+    flagged, trusted, score, extra: as in Isolation; tensors on the CPU."""
 
     model: nn.Module
     flagged: Tensor | None = None
     trusted: Tensor | None = None
     score: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    candidates: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 class Attack(Protocol):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backdoor_bench import launch
-from backdoor_bench.errors import ConfigError, DataError, Diverged, DiskError, Interrupted
+from backdoor_bench.errors import ConfigError, DataError, DiskError, Diverged, Interrupted
 from tests.conftest import CONF, TOY
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Hydra about callbacks and reruns
@@ -63,7 +63,6 @@ def evil(tmp_path, monkeypatch):
         ("+hydra.callbacks.x={_target_:evil_for_test.run}", "hydra.callbacks.x._target_"),
         ("hydra.launcher._target_=evil_for_test.run", "hydra.launcher._target_"),
         ("hydra.sweeper._target_=evil_for_test.run", "hydra.sweeper._target_"),
-        ("+hydra.job.env_set.x={_target_:evil_for_test.run}", "hydra.job.env_set.x._target_"),
         ("dataset._target_=backdoor_bench_evil.run", "dataset._target_"),
         ("dataset._target_=xbackdoor_bench.run", "dataset._target_"),
         ("dataset._target_=hydra.utils.instantiate", "dataset._target_"),
@@ -101,43 +100,47 @@ def test_a_foreign_target_among_swept_values_stops_its_job_only(go, evil):
     assert not evil()
 
 
-TARGETS_THAT_SLIP = "launch.py:27/178 judges the text of _target_ only: a name that our module imported passes"
-RESOLVERS_THAT_SLIP = "launch.py:177 walks the unresolved tree, in which ${oc.create:{_target_: ...}} is a string"
-OTHER_ROOTS_SLIP = "launch.py:165 composes 'config' from conf/ whatever --config-name, --config-dir say"
-RERUN_SLIPS = "launch.py:100 lets --experimental-rerun through, which unpickles a file"
-
-
 @pytest.mark.parametrize(
-    "override",
+    "target",
     [
-        "+attack.x={_target_:backdoor_bench.results.Path.touch,self:SENTINEL}",
-        "+hydra.callbacks.x={_target_:backdoor_bench.results.Path.touch,self:SENTINEL}",
-        "+hydra.callbacks.x={_target_:hydra._internal.core_plugins.basic_launcher.Path.touch,self:SENTINEL}",
+        "backdoor_bench.results.Path.touch",  # names that our modules imported
+        "backdoor_bench.results.Path",
+        "backdoor_bench.plan.instantiate",
+        "backdoor_bench.results.load_model",  # ours, but no class
+        "backdoor_bench.no_such_module.Thing",
+        "backdoor_bench.attacks.badnets.Missing",
+        "backdoor_bench...results.RunFolder",
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher.launch",
+        "hydra._internal.core_plugins.bash_completion.os.Launcher",
     ],
 )
-@pytest.mark.xfail(strict=True, reason=TARGETS_THAT_SLIP)
-def test_what_our_modules_imported_is_foreign_too(go, tmp_path, override):
-    go(override.replace("SENTINEL", str(tmp_path / "sentinel")))
+def test_only_classes_written_here_are_ours(go, tmp_path, target):
+    for key in ("attack.x", "hydra.callbacks.x"):
+        assert go(f"+{key}={{_target_:{target},self:{tmp_path}/sentinel}}") == 2
+        assert go.err.startswith(f"error: {key}._target_={target!r} is not allowed")
     assert not (tmp_path / "sentinel").exists()
 
 
 @pytest.mark.parametrize("key", ["+attack.x", "dataset.mean", "+hydra.callbacks.x"])
-@pytest.mark.xfail(strict=True, reason=RESOLVERS_THAT_SLIP)
+@pytest.mark.xfail(
+    strict=True,
+    reason="launch.py: refuse_foreign_targets walks the unresolved tree, where ${oc.create:{_target_: ...}} is a string",
+)
 def test_a_target_made_by_a_resolver_is_refused(go, evil, key):
     go(f"{key}='${{oc.create:{{_target_:evil_for_test.run}}}}'")
     assert not evil()
 
 
-@pytest.mark.xfail(strict=True, reason=OTHER_ROOTS_SLIP)
-def test_a_target_in_another_primary_config_is_refused(go, evil, tmp_path):
-    (tmp_path / "other.yaml").write_text(
-        "defaults:\n  - config\n  - _self_\nhydra:\n  callbacks:\n    x:\n      _target_: evil_for_test.run\n"
-    )
-    go("--config-dir", str(tmp_path), "--config-name", "other")
-    assert not evil()
+@pytest.mark.parametrize(
+    "words",
+    [("--config-dir", "."), ("--config-dir=.",), ("--config-name", "other"), ("--config-path=/tmp",), ("-cd.",)],
+)
+def test_another_primary_config_is_refused(go, words):
+    assert go(*words) == 2
+    assert go.err.startswith(f"error: {words[0]} is neither KEY=VALUE nor an option")
+    assert go.plans == []
 
 
-@pytest.mark.xfail(strict=True, reason=RERUN_SLIPS)
 def test_a_pickle_is_not_read(go, tmp_path):
     import pickle
 
@@ -146,10 +149,7 @@ def test_a_pickle_is_not_read(go, tmp_path):
             return (Path.touch, (tmp_path / "sentinel",))
 
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(Touch()))
-    try:
-        go("--experimental-rerun", str(tmp_path / "config.pickle"))
-    except AttributeError:
-        pass  # what was unpickled is no configuration
+    assert go("--experimental-rerun", str(tmp_path / "config.pickle")) == 2
     assert not (tmp_path / "sentinel").exists()
 
 
@@ -186,7 +186,9 @@ def test_a_subgroup_is_chosen_with_a_dot(go):
 def test_options_may_stand_between_the_overrides(go):
     assert go("seed=3,4", "-m", "attack=none") == 0
     assert [plan.seed for plan in go.plans] == [3, 4]
-    assert all(plan.sweep for plan in go.plans)
+    names = {plan.tracking.group for plan in go.plans}
+    assert len(names) == 1  # what the jobs of one sweep share
+    assert re.fullmatch(r"sweep-[0-9a-f]{8}", names.pop())
     assert go("seed=5", "--cfg", "job", "attack=none", "--resolve") == 0
     assert go.plans == []
     assert "seed: 5" in go.out
@@ -218,10 +220,9 @@ def test_help_lists_every_file_of_every_group(go, word):
             assert line.endswith(first.removeprefix("#").strip() if first.startswith("#") else file.stem)
         listed += len(files)
     assert listed > 30
-    chosen_by_hand = {"train", *(group for group in groups)}
     folders = {str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")}
     overlays = {folder for folder in folders if folder.startswith(("train", "paper_")) or folder == "."}
-    assert folders - overlays <= chosen_by_hand, "a group that --help does not know"
+    assert folders - overlays <= set(groups), "a group that --help does not know"
 
 
 def test_every_example_of_the_help_composes(go):
@@ -247,17 +248,18 @@ def test_jobs_of_a_sweep_are_counted():
     launch.check_command(CONF, ["seed=range(100)", "attack.seed=range(100)"])
     with pytest.raises(ConfigError, match="the sweep has 10001 jobs, more than 10000"):
         launch.check_command(CONF, ["seed=range(10001)"])
+    launch.check_command(CONF, ["seed=range(10001)"], many=True)
     with pytest.raises(ConfigError, match="the sweep has 10100 jobs"):
         launch.check_command(CONF, ["seed=range(101)", "attack.seed=range(50)", "attack=badnets,sig"])
 
 
 def test_swept_values_are_checked_one_by_one(go):
-    assert go("-m", "attack=none", "seed=0,-1,two,1") == 8
-    assert [plan.seed for plan in go.plans] == [0, 1]
-    assert "2 of 4 jobs failed, the others finished" in go.err
+    assert go("-m", "attack=none", "seed=-1,two,1") == 8
+    assert [plan.seed for plan in go.plans] == [1]
+    assert "2 of 3 jobs failed, the others finished" in go.err
     assert "seed=-1 is not allowed" in go.err
     assert "seed='two' is not allowed" in go.err
-    assert go.out.count("result: ") == 2
+    assert go.out.count("result: ") == 1
 
 
 def test_a_swept_group_with_an_unknown_name_stops_everything(go):
@@ -266,10 +268,21 @@ def test_a_swept_group_with_an_unknown_name_stops_everything(go):
     assert go.plans == []
 
 
-@pytest.mark.xfail(strict=True, reason="launch.py:155 asks a glob for its values, which needs Hydra's config loader")
 def test_a_glob_sweeps_over_the_names_that_match(go):
     assert go("-m", "attack=glob(badnets_*)", "attack.seed=0") == 0
     assert len(go.plans) == len(list((CONF / "attack").glob("badnets_*.yaml")))
+
+
+@pytest.mark.parametrize("text", ["attack=glob(nothing_*)", "attack=glob(*,exclude=*)"])
+def test_a_glob_that_matches_nothing_is_an_empty_sweep(text):
+    with pytest.raises(ConfigError, match=re.escape(f"{text} sweeps over no value")):
+        launch.check_command(CONF, [text])
+
+
+def test_many_jobs_are_allowed_on_request(go):
+    assert go("-m", "attack=none", "seed=range(10001)") == 2
+    assert "or add --many to run them all" in go.err
+    assert go("--many", "attack=none") == 0
 
 
 def test_one_failing_job_does_not_stop_the_others(go):
@@ -277,17 +290,17 @@ def test_one_failing_job_does_not_stop_the_others(go):
 
     def task(plan):
         plans.append(plan.seed)
-        if plan.seed == 1:
+        if plan.seed == 0:
             raise DataError("a file is broken")
-        if plan.seed == 2:
+        if plan.seed == 1:
             raise ZeroDivisionError("a bug")
         return Path("done")
 
-    assert go("-m", "attack=none", "seed=0,1,2,3", task=task) == 8
-    assert plans == [0, 1, 2, 3]
+    assert go("-m", "attack=none", "seed=0,1,2", task=task) == 8
+    assert plans == [0, 1, 2]
     assert "DataError: a file is broken" in go.err
     assert "ZeroDivisionError: a bug" in go.err
-    assert "2 of 4 jobs failed" in go.err
+    assert "2 of 3 jobs failed" in go.err
 
 
 def test_an_interrupted_sweep_leaves_the_rest_for_the_next_time(go):
@@ -297,7 +310,7 @@ def test_an_interrupted_sweep_leaves_the_rest_for_the_next_time(go):
         plans.append(plan.seed)
         raise Interrupted("stopped by SIGTERM")
 
-    assert go("-m", "attack=none", "seed=0,1,2", task=task) == 7
+    assert go("-m", "attack=none", "seed=0,1", task=task) == 7
     assert plans == [0]
 
 
@@ -308,7 +321,8 @@ def test_an_interrupted_sweep_leaves_the_rest_for_the_next_time(go):
     ("error", "code"),
     [
         (ConfigError("c"), 2), (DataError("d"), 3), (Diverged("v"), 4), (DiskError("k"), 6), (Interrupted("i"), 7),
-        (torch.OutOfMemoryError("CUDA out of\nmemory"), 5), (MemoryError(), 5), (KeyboardInterrupt(), 7),
+        (torch.OutOfMemoryError("CUDA out of memory"), 5), (MemoryError(), 5), (KeyboardInterrupt(), 7),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\nallocate"), 5),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )  # fmt: skip
@@ -324,11 +338,12 @@ def test_errors_of_a_job_become_exit_codes(go, error, code):
         assert "lower train.batch_size (now " in go.err
 
 
-def test_a_bug_is_not_hidden(go):
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), RuntimeError("shapes do not fit")])
+def test_a_bug_is_not_hidden(go, error):
     def task(plan):
-        raise ZeroDivisionError("a bug")
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error), match=str(error)):
         go("attack=none", task=task)
 
 
@@ -344,11 +359,10 @@ def test_traceback_is_shown_on_request(go):
 def test_a_plan_says_where_everything_goes(go, tmp_path):
     assert go("attack=sig", "seed=4", "attack.seed=9", "defense=no_defense", "attack.poison_rate=0.5") == 0
     (plan,) = go.plans
-    assert plan.run_dir.relative_to(tmp_path) == Path(
-        "outputs/toy/tiny/sig/no_defense/attack.poison_rate=0.5,attack.seed=9,hardware.threads=1/seed4"
-    )
+    assert plan.variant.startswith("attack.poison_rate=0.5,attack.seed=9,hardware.threads=1")
+    assert plan.run_dir == tmp_path / "outputs" / "toy" / "tiny" / "sig" / "no_defense" / plan.variant / "seed4"
     assert plan.cache_dir == tmp_path / "outputs" / "cache"
-    assert (plan.seed, plan.attack_seed, plan.poisons, plan.sweep) == (4, 9, True, False)
+    assert (plan.seed, plan.attack_seed, plan.poisons, plan.tracking.group) == (4, 9, True, None)
     assert plan.names == {"dataset": "toy", "model": "tiny", "attack": "sig", "defense": "no_defense"}
     assert "hydra" not in plan.config
     assert not (tmp_path / "outputs").exists()
@@ -398,7 +412,9 @@ def test_unknown_choice_without_anything_near():
 )
 def test_unknown_key(override, key, nearest):
     told = message(override)
-    assert told == f"{key} is no key of the configuration (did you mean {nearest}?); python run.py --help lists the groups"
+    assert (
+        told == f"{key} is no key of the configuration (did you mean {nearest}?); python run.py --help lists the groups"
+    )
 
 
 def test_key_of_another_choice():
@@ -406,17 +422,26 @@ def test_key_of_another_choice():
     assert told.startswith("attack.poison_rate does not exist with the groups chosen here")
 
 
-def test_missing_value_and_loop():
-    with pytest.raises(ConfigError, match=r"seed has no value: give it on the command line \(seed=\.\.\.\)"):
-        launch.check_command(CONF, ["seed=???"])
+def test_missing_value():
+    assert (
+        message("seed=???") == "seed has no value: give it on the command line (seed=...)"
+    )  # attack.seed refers to it
+    with pytest.raises(ConfigError, match=r"train\.gamma has no value: give it on the command line"):
+        launch.check_command(CONF, ["train.gamma=???"])
 
 
 def test_unreadable_override(go):
     assert go("attack=[") == 2
     assert "attack=[ cannot be read as KEY=VALUE" in go.err
-    assert go("attack") == 2
-    assert "attack cannot be read as KEY=VALUE" in go.err
+    assert go("atack", "seed=1") == 2
+    assert "atack is neither KEY=VALUE nor an option (did you mean attack?)" in go.err
     assert go.plans == []
+
+
+@pytest.mark.parametrize("key", ["train", "train.augment", "holdout", "evaluation", "resume"])
+def test_a_section_is_not_a_value(key):
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)}=3 is not allowed: it is a section of keys"):
+        launch.check_command(CONF, [f"{key}=3"])
 
 
 def test_errors_of_others_are_not_explained():

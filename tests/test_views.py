@@ -85,6 +85,14 @@ def test_nothing_public_in_a_view_tells_the_truth(prepared):
             assert "badnets" not in value.lower()
 
 
+def test_nothing_that_was_recorded_can_be_read_back(prepared):
+    """The probe only takes; progress only listens."""
+    view = prepared["view"]
+    assert [name for name in dir(view.probe) if not name.startswith("_")] == []
+    assert {name for name in dir(view.progress) if not name.startswith("_")} == {"task", "say", "warn"}
+    view.probe(view.victim(), stage="x", epoch=1)
+
+
 def test_result_does_not_change_when_truth_and_test_set_are_replaced(prepared, monkeypatch):
     """TRAP for real, twice from an empty cache, with two evaluators that disagree about everything."""
     from backdoor_bench.cache import Stages

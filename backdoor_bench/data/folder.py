@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,7 +85,8 @@ class FolderDataset:
         known: dict[str, Tensor] = {}
         if self.truth is not None:
             known = read_truth(root / Path(self.truth).expanduser(), kept_names, train.labels, classes, names)
-        return finish(self, train, test, classes, file_names=kept_names, **known)
+        dataset = finish(self, train, test, classes, file_names=kept_names, **known)
+        return replace(dataset, untrusted=True)
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of all images and of the truth: another one means other data.

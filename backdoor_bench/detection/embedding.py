@@ -191,18 +191,20 @@ def embed(
     )
 
 
+def resolved_backend(backend: str, device: torch.device) -> str:
+    """What ``auto`` means here: cuml on a GPU where it is installed, else opentsne."""
+    if backend != "auto":
+        return backend
+    return "cuml" if device.type == "cuda" and importlib.util.find_spec("cuml") is not None else "opentsne"
+
+
 def _plan(
     features: Tensor, settings: EmbeddingSettings, device: torch.device, note: Callable[[str], None]
 ) -> tuple[EmbeddingSettings, tuple[str, ...]]:
     """Settings that this many samples allow, and the backends to try in turn."""
-    backend = settings.backend
-    if backend == "auto":
-        backend = "opentsne"
-        if device.type == "cuda":
-            if importlib.util.find_spec("cuml") is not None:
-                backend = "cuml"
-            else:
-                note("cuml is not installed: t-SNE runs on the CPU (install the extra 'gpu' to run it on the GPU)")
+    backend = resolved_backend(settings.backend, device)
+    if settings.backend == "auto" and device.type == "cuda" and backend != "cuml":
+        note("cuml is not installed: t-SNE runs on the CPU (install the extra 'gpu' to run it on the GPU)")
     if backend in ("pca", "svd"):
         return settings, (backend,)
     count = len(features)

@@ -4,21 +4,23 @@ After each of several early epochs of the undefended training, the penultimate f
 embedded in the plane by t-SNE and clustered by DBSCAN; suspicious clusters are flagged, and the union over the epochs
 is the result (TRAP sec. IV-A, Algorithm 1; rule and noise: specs/seed_defenses.md 1.4).
 
-Deviations from the paper, each a key: ``first_detection_step`` (the paper starts after epoch 1, which on small sets is
-long before a trigger is learnt), ``detect_every``, ``scale_min_samples``, ``one_class_share``.
+Deviations from the paper, each a key: ``detect_epochs`` 5 (paper 10), ``first_detection_step`` (the paper starts after
+epoch 1, which on small sets is long before a trigger is learnt), ``detect_every``, ``scale_min_samples``,
+``scale_iterations``, ``one_class_share``. ``paper=trap`` sets the paper's values.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backdoor_bench.detection.embedding import EmbeddingSettings, embed
+from backdoor_bench.detection.clusters import REFERENCE_SIZE
+from backdoor_bench.detection.embedding import EmbeddingSettings, embed, resolved_backend
 from backdoor_bench.errors import ConfigError, check_choice, check_range
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.training.config import TrainConfig
@@ -29,8 +31,7 @@ from backdoor_bench.types import DefenderView, Facts, Isolation
 # Steps until small_cnn has learnt a 3x3 trigger with random crops (CIFAR-10) and without (photo_digits).
 STEPS_WITH_CROP, STEPS_WITHOUT_CROP = 1500, 120
 SCALE_BELOW = 20_000
-PAPER_SIZE = 50_000  # images of CIFAR-10, for which TRAP gives eps and min_samples
-FEWEST_ITERATIONS = 50
+FEWEST_ITERATIONS = 75
 MUCH_FLAGGED = 0.3
 
 
@@ -41,8 +42,8 @@ class TrapIsolation:
     random, else 120. detect_every: epochs between detections. eps, min_samples: DBSCAN's, in units of the map.
     scale_min_samples: true|false|auto (auto: below 20,000 samples), min_samples then grows with sqrt(N / 50,000).
     scale_iterations: the same choices; t-SNE then takes half of its exaggerated and N / 50,000 of its other iterations
-    (at least 50), which leaves the map about as dense as that of 50,000 samples, where eps is the paper's: its extent
-    grows with the iterations, 185 there, 45-60 = 185 sqrt(N / 50,000) with 5,000 samples.
+    (at least 75), which leaves the map about as dense as that of 50,000 samples, where eps is the paper's: its extent
+    grows with the iterations, 185 there, 55-75 with 5,000 samples (the same density: 58).
     rule: one_or_all|not_largest. one_class_share: share of one label from which a cluster counts as one class.
     noise: benign|suspicious. reducer: tsne|pca|svd.
     """
@@ -77,15 +78,16 @@ class TrapIsolation:
         check_choice(key + "reducer", self.reducer, ("tsne", "pca", "svd"))
 
     def check(self, facts: Facts) -> None:
-        if self.detect_epochs > facts.epochs:
+        last = 1 + (self.detect_epochs - 1) * self.detect_every
+        if last > facts.epochs:
             raise ConfigError(
-                f"defense.isolation.detect_epochs={self.detect_epochs} exceeds train.epochs={facts.epochs}: "
-                "allowed is 1 to train.epochs"
+                f"defense.isolation.detect_epochs={self.detect_epochs} with detect_every={self.detect_every} needs {last} "
+                f"epochs, train.epochs={facts.epochs}: allowed is 1 to {1 + (facts.epochs - 1) // self.detect_every}"
             )
 
     def isolate(self, view: DefenderView) -> Isolation:
         count = len(view.train)
-        epochs = self.epochs(view.train_config, count)
+        epochs = self.epochs(view.train_config, count, view.progress.warn)
         min_samples = self.min_samples_for(count)
         total = torch.zeros(count, dtype=torch.int64)
         reports = []
@@ -112,14 +114,19 @@ class TrapIsolation:
         extra = {"detection_epochs": epochs, "min_samples": min_samples, "flagged_share": share, "epochs": reports}
         return Isolation(flagged=flagged, score=total.float() / len(epochs), extra=extra)
 
-    def epochs(self, config: TrainConfig, count: int) -> list[int]:
-        """The detection epochs (counted from 1), within the training; fewer than asked where it ends before."""
+    def epochs(self, config: TrainConfig, count: int, warn: Callable[[str], None] = lambda message: None) -> list[int]:
+        """The detection epochs (counted from 1), moved forward (and said so) where the training would end before."""
         steps = self.first_detection_step
         if isinstance(steps, str):
             steps = STEPS_WITH_CROP if config.augment.crop_padding else STEPS_WITHOUT_CROP
         first = epochs_for_steps(steps, max(1, config.steps_per_epoch(count)))
-        # A training too short for that start is looked at in its last epochs.
-        first = max(1, min(first, config.epochs - (self.detect_epochs - 1) * self.detect_every))
+        latest = max(1, config.epochs - (self.detect_epochs - 1) * self.detect_every)
+        if first > latest:
+            warn(
+                f"the training is too short for detection to start at step {steps} (after epoch {first}): it starts after "
+                f"epoch {latest}, when the trigger may not be learnt yet; raise train.epochs"
+            )
+            first = latest
         epochs = range(first, config.epochs + 1, self.detect_every)
         return list(epochs)[: self.detect_epochs]
 
@@ -136,7 +143,7 @@ class TrapIsolation:
             settings = replace(
                 settings,
                 exaggeration_iter=settings.exaggeration_iter // 2,
-                iterations=max(FEWEST_ITERATIONS, round(settings.iterations * count / PAPER_SIZE)),
+                iterations=max(FEWEST_ITERATIONS, round(settings.iterations * count / REFERENCE_SIZE)),
             )
         return settings
 
@@ -146,6 +153,7 @@ class TrapIsolation:
 
         hardware = view.train_config.hardware
         settings = self.map_settings(len(view.train))
+        settings = replace(settings, backend=resolved_backend(settings.backend, view.device))
         # One seed for all epochs of a victim: whatever the eps or the rule, the same maps serve.
         seed = view.generator.initial_seed() % 2**31
 
@@ -162,6 +170,8 @@ class TrapIsolation:
                 "settings": result.settings,
                 "extent": result.extent,
                 "notes": list(result.notes),
+                # A map of second choice is not kept: the next run should find the backend it asks for.
+                "transient": result.backend != settings.backend,
                 "seconds_by_stage": {"features": took, "embedding": result.seconds},
             }
             return {"points": result.points}, meta
@@ -187,7 +197,7 @@ class TrapIsolation:
                 f"eps={self.eps:g}: most samples count as noise; raise defense.isolation.eps or lower min_samples"
             )
         if len(suspects.clusters) < 2:
-            view.progress.say(f"epoch {epoch}: DBSCAN found {len(suspects.clusters)} cluster(s), nothing is flagged")
+            view.progress.warn(f"epoch {epoch}: DBSCAN found {len(suspects.clusters)} cluster(s), nothing is flagged")
         report = {
             "epoch": epoch,
             "eps": self.eps,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from backdoor_bench.data.augment import Augmentation
-from backdoor_bench.errors import check_choice, check_range
+from backdoor_bench.errors import check_choice, check_flag, check_range
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.storage import Checkpoints, digest
 from backdoor_bench.training.config import TrainConfig
@@ -22,14 +22,34 @@ NO_AUGMENTATION = Augmentation(crop_padding=0, flip=False, rotation=0.0, cutout=
 KEY = "defense.removal."
 
 
-def check_recipe(epochs: int, lr: float, momentum: float, weight_decay: float, batch_size: int, schedule: str) -> None:
+class Recipe(Protocol):
+    """The keys every removal that trains has."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def augment(self) -> bool: ...
+
+
+def check_recipe(values: Recipe) -> None:
     """Raise ConfigError naming defense.removal.<key> for a value out of range."""
-    check_range(KEY + "epochs", epochs, 1, 100_000, integer=True)
-    check_range(KEY + "lr", lr, 0, 1000, low_open=True)
-    check_range(KEY + "momentum", momentum, 0, 1, high_open=True)
-    check_range(KEY + "weight_decay", weight_decay, 0, 1)
-    check_range(KEY + "batch_size", batch_size, 1, 1_000_000, integer=True)
-    check_choice(KEY + "schedule", schedule, ("cosine", "constant"))
+    check_range(KEY + "epochs", values.epochs, 1, 100_000, integer=True)
+    check_range(KEY + "lr", values.lr, 0, 1000, low_open=True)
+    check_range(KEY + "momentum", values.momentum, 0, 1, high_open=True)
+    check_range(KEY + "weight_decay", values.weight_decay, 0, 1)
+    check_range(KEY + "batch_size", values.batch_size, 1, 1_000_000, integer=True)
+    check_choice(KEY + "schedule", values.schedule, ("cosine", "constant"))
+    check_flag(KEY + "augment", values.augment)
 
 
 def recipe(

@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import nn
 
+from backdoor_bench.errors import check_flag
 from backdoor_bench.models.classifier import Classifier, replace_head
-from backdoor_bench.removal.common import check_recipe, recipe, run_removal
+from backdoor_bench.removal.common import KEY, check_recipe, recipe, run_removal
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, Facts, ImageSet, Isolation
-
-
-class FirstClasses(nn.Module):
-    """The first ``count`` logits of a model: what TRAP would predict if the dummy class did not exist."""
-
-    def __init__(self, model: nn.Module, count: int) -> None:
-        super().__init__()
-        self.model = model
-        self.count = count
-
-    def forward(self, images):  # type: ignore[no-untyped-def]
-        return self.model(images)[:, : self.count]
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,8 @@ class Hiding:
     drop_dummy: bool
 
     def __post_init__(self) -> None:
-        check_recipe(self.epochs, self.lr, self.momentum, self.weight_decay, self.batch_size, self.schedule)
+        check_recipe(self)
+        check_flag(KEY + "drop_dummy", self.drop_dummy)
 
     def check(self, facts: Facts) -> None:
         """Nothing to refuse: works on any data."""
@@ -70,4 +61,14 @@ class Hiding:
             generator=stream,
             part=lambda trained: trained.head,
         )
-        return FirstClasses(hidden, view.num_classes) if drop_dummy else hidden
+        return without_dummy(hidden, view.num_classes) if drop_dummy else hidden
+
+
+def without_dummy(model: Classifier, num_classes: int) -> Classifier:
+    """The model with the first ``num_classes`` outputs: what it would predict if the dummy class did not exist."""
+    weight, bias = model.head.weight.detach(), model.head.bias.detach()
+    cut = replace_head(model, num_classes, torch.Generator())
+    with torch.no_grad():
+        cut.head.weight.copy_(weight[:num_classes])
+        cut.head.bias.copy_(bias[:num_classes])
+    return cut.to(weight.device).eval()

@@ -45,7 +45,7 @@ class MixedCE:
     lambda_p: float
 
     def __post_init__(self) -> None:
-        check_recipe(self.epochs, self.lr, self.momentum, self.weight_decay, self.batch_size, self.schedule)
+        check_recipe(self)
         check_range(KEY + "lambda_p", self.lambda_p, 0, float("inf"))
 
     def check(self, facts: Facts) -> None:

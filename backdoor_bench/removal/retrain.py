@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from backdoor_bench.errors import BenchError
+from backdoor_bench.errors import DataError
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.removal.common import clean_rows, run_removal
 from backdoor_bench.training.fit import shuffled
@@ -29,7 +29,7 @@ class Retrain:
             return model
         rows = clean_rows(isolation)
         if not len(rows):
-            raise BenchError("every training sample is flagged: nothing is left to retrain on")
+            raise DataError("every training sample is flagged: nothing is left to retrain on")
         config = view.train_config
         return run_removal(
             view,

@@ -34,7 +34,7 @@ class UnlearnRelearn:
     rounds: str
 
     def __post_init__(self) -> None:
-        check_recipe(self.epochs, self.lr, self.momentum, self.weight_decay, self.batch_size, self.schedule)
+        check_recipe(self)
         check_choice(KEY + "rounds", self.rounds, ("both", "unlearn", "relearn"))
 
     def check(self, facts: Facts) -> None:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoor_bench.errors import check_flag
 from backdoor_bench.models.classifier import Classifier
-from backdoor_bench.removal.common import check_recipe, flagged_rows, fresh_copy, recipe, run_removal
+from backdoor_bench.removal.common import KEY, check_recipe, flagged_rows, fresh_copy, recipe, run_removal
 from backdoor_bench.training.fit import Batch, shuffled
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, Facts, Isolation
@@ -36,7 +37,8 @@ class Unlearning:
     augment: bool
 
     def __post_init__(self) -> None:
-        check_recipe(self.epochs, self.lr, self.momentum, self.weight_decay, self.batch_size, self.schedule)
+        check_recipe(self)
+        check_flag(KEY + "nesterov", self.nesterov)
 
     def check(self, facts: Facts) -> None:
         """Nothing to refuse: works on any data."""

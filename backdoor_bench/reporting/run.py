@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from backdoor_bench.evaluate import Evaluator, Recorder, detection_metrics
+from backdoor_bench.evaluate import Evaluator, Recorder, Truth, detection_metrics
 from backdoor_bench.plan import Plan
 from backdoor_bench.progress import RichProgress
 from backdoor_bench.results import RunFolder, environment, flagged_rows, save_model, write_table
@@ -60,16 +60,15 @@ class Report:
 
     # ------------------------------------------------------------------ while it runs
 
-    def poisoned(self, dataset: Dataset, poisoned: PoisonedSet) -> None:
+    def poisoned(self, dataset: Dataset, poisoned: PoisonedSet, truth: Truth) -> None:
         """Say what was poisoned and draw clean beside poisoned images."""
         from backdoor_bench.reporting import figures
 
         self._dataset, self._poisoned = dataset, poisoned
-        count = int(poisoned.is_poisoned.sum())
-        self.progress.say(
-            f"{len(poisoned.train)} training images, {poisoned.train.num_classes} classes, {count} poisoned, "
-            f"{int(poisoned.is_cover.sum())} cover"
-        )
+        known = "poison unknown"
+        if truth.is_poisoned is not None and truth.is_cover is not None:
+            known = f"{int(truth.is_poisoned.sum())} poisoned, {int(truth.is_cover.sum())} cover"
+        self.progress.say(f"{len(poisoned.train)} training images, {poisoned.train.num_classes} classes, {known}")
         if len(poisoned.example_index):
             rows = poisoned.example_index
             path = figures.pairs_grid(
@@ -191,6 +190,7 @@ class Report:
             **plan.names,
             "paper": plan.config["paper"],
             "budget": plan.config["budget"],
+            "experiment": plan.config["experiment"],
             "seed": plan.seed,
             "variant": plan.variant,
             "metrics": {**metrics, "asr_floor": floor},

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from backdoor_bench.data.augment import Augmentation
-from backdoor_bench.errors import check_choice, check_range
+from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
 from backdoor_bench.training.hardware import Hardware
 
 
@@ -18,8 +18,7 @@ class TrainConfig:
     evaluated every step or once an epoch (``schedule_unit``), after ``warmup_epochs`` of linear warm-up.
 
     snapshots: weights after each of the first so many epochs are kept with the trained victim, for defences that look
-    at early epochs. checkpoint_seconds: least time between two checkpoints. nonfinite_limit: steps in a row with a
-    non-finite loss that are skipped before training stops as diverged (0 = stop at the first).
+    at early epochs. checkpoint_seconds: least time between two checkpoints.
     """
 
     epochs: int
@@ -50,6 +49,14 @@ class TrainConfig:
         check_range("train.weight_decay", self.weight_decay, 0, 1)
         check_choice("train.schedule", self.schedule, ("cosine", "multistep", "constant"))
         check_choice("train.schedule_unit", self.schedule_unit, ("step", "epoch"))
+        if not isinstance(self.milestones, (list, tuple)):
+            raise ConfigError(
+                f"train.milestones={self.milestones!r} is not allowed: give a list of epochs, e.g. [50, 75]"
+            )
+        for name in ("drop_last", "nesterov"):
+            check_flag(f"train.{name}", getattr(self, name))
+        if self.nesterov and not self.momentum:
+            raise ConfigError("train.nesterov=true is not allowed with train.momentum=0: set a momentum above 0")
         for milestone in self.milestones:
             check_range("train.milestones", milestone, 1, 100_000, integer=True)
         check_range("train.gamma", self.gamma, 0, 1)

@@ -150,8 +150,14 @@ def fit(
                     losses[step] = loss.detach()
                 mean_loss = _finite_mean(losses, batches, epoch, stage)
                 model.eval()
+                if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+                    raise Diverged(
+                        f"{stage}: the weights became infinite or NaN in epoch {epoch + 1}; lower the learning rate; the "
+                        "last good checkpoint is kept"
+                    )
                 if on_epoch_end is not None:
-                    on_epoch_end(epoch + 1, model, mean_loss)
+                    with checkpoints.uncounted() if checkpoints else contextlib.nullcontext():
+                        on_epoch_end(epoch + 1, model, mean_loss)
                 if checkpoints is not None and epoch + 1 < last_epoch and checkpoints.due():
                     _save(checkpoints, epoch + 1, model, optimizer, generator)
                 advance(1, loss=f"{mean_loss:.3f}")

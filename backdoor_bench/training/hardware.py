@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench.errors import ConfigError, check_choice, check_range
+from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Hardware:
         if not (self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")):
             raise ConfigError(f"hardware.device={self.device!r} is not allowed: choose auto, cpu, cuda or cuda:NUMBER")
         check_choice("hardware.precision", self.precision, ("auto", "fp32", "tf32", "bf16"))
+        for name in ("channels_last", "compile", "deterministic"):
+            check_flag(f"hardware.{name}", getattr(self, name))
         check_range("hardware.threads", self.threads, 1, 1024, integer=True)
         check_range("hardware.resident_gib", self.resident_gib, 0, float("inf"))
 

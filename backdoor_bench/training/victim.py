@@ -98,8 +98,7 @@ class CachedVictim:
 
     def is_cached(self) -> bool:
         """Whether the fully trained model is there already."""
-        path = self._stages._entry("victim", None) / _name(self._config.epochs)
-        return path.with_suffix(".json").exists()
+        return self._stages._load(self._stages._entry("victim", None) / _name(self._config.epochs)) is not None
 
     def _usable(self, checkpoints: Any, missing: Sequence[int]) -> Any:
         """The checkpoints, emptied if the newest lies beyond the first epoch that is to be had."""

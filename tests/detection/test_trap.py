@@ -96,15 +96,19 @@ def maps(monkeypatch):
     """``maps[epoch] = points`` is what the embedding of that epoch's features gives; ``maps.calls`` says what it saw."""
 
     class Maps(dict):
-        calls = []
+        calls = None
+        backend = None  # None: the one that was asked for
 
     made = Maps()
     made.calls = []
 
     def embed(features, settings, seed, threads, device, warn=None):
         epoch = int(features[0, 0])
-        made.calls.append({"epoch": epoch, "settings": settings, "seed": seed, "threads": threads, "shape": features.shape})
-        return Embedding(made[epoch], "fake", "1.0", {"perplexity": 5.0}, 42.0, 2.5, ("a note",))
+        made.calls.append(
+            {"epoch": epoch, "settings": settings, "seed": seed, "threads": threads, "shape": features.shape}
+        )
+        backend = made.backend or settings.backend
+        return Embedding(made[epoch], backend, "1.0", {"perplexity": 5.0}, 42.0, 2.5, ("a note",))
 
     monkeypatch.setattr(trap, "embed", embed)
     return made
@@ -160,17 +164,15 @@ def test_one_cluster_flags_nothing_and_says_so(view, maps, progress):
     isolation = SMALL.isolate(view)
     assert not isolation.flagged.any()
     assert not isolation.score.any()
-    assert "epoch 1: DBSCAN found 1 cluster(s), nothing is flagged" in progress.said
-    assert "epoch 2: DBSCAN found 1 cluster(s), nothing is flagged" in progress.said
-    assert progress.warnings == []
+    assert progress.warnings == [f"epoch {epoch}: DBSCAN found 1 cluster(s), nothing is flagged" for epoch in (1, 2)]
 
 
 def test_noise_only_flags_nothing_and_warns_of_eps(view, maps, progress):
     maps[1] = maps[2] = place()  # neighbours 50 apart: the third nearest, itself counted, is 50 away (100 at the ends)
     isolation = replace(SMALL, noise="suspicious").isolate(view)
     assert not isolation.flagged.any()
-    assert "epoch 1: DBSCAN found 0 cluster(s), nothing is flagged" in progress.said
-    assert len(progress.warnings) == 2
+    assert "epoch 1: DBSCAN found 0 cluster(s), nothing is flagged" in progress.warnings
+    assert len(progress.warnings) == 4
     assert progress.warnings[0].startswith("epoch 1: the median distance to neighbour 3 in the map is 50.00, above eps")
     assert isolation.extra["epochs"][0]["noise_share"] == 1.0
     assert isolation.extra["epochs"][0]["median_kth_distance"] == 50.0
@@ -223,7 +225,7 @@ def test_probe_sees_each_epoch_and_the_union_so_far(view, maps):
     }  # fmt: skip
     assert report["noise_share"] == 0.05
     assert report["map"] == {
-        "backend": "fake", "version": "1.0", "settings": {"perplexity": 5.0}, "extent": 42.0, "notes": ["a note"],
+        "backend": "opentsne", "version": "1.0", "settings": {"perplexity": 5.0}, "extent": 42.0, "notes": ["a note"],
     }  # fmt: skip
 
 
@@ -240,6 +242,17 @@ def test_maps_are_cached_for_another_eps_or_rule(view, maps):
     replace(SMALL, reducer="svd", detect_epochs=1).isolate(view)
     SMALL.isolate(replace(view, generator=torch.Generator().manual_seed(8)))
     assert [call["epoch"] for call in maps.calls[2:]] == [1, 1, 1, 2]
+
+
+def test_a_map_of_second_choice_is_not_kept(view, maps):
+    maps[1] = place(BENIGN, [16, 17, 18])
+    maps.backend = "sklearn"
+    method = replace(SMALL, detect_epochs=1)
+    assert method.isolate(view).extra["epochs"][0]["map"]["backend"] == "sklearn"
+    maps.backend = None
+    assert method.isolate(view).extra["epochs"][0]["map"]["backend"] == "opentsne"
+    method.isolate(view)
+    assert len(maps.calls) == 2
 
 
 def test_embedding_is_asked_with_one_seed_for_all_epochs(view, maps):
@@ -330,7 +343,11 @@ def test_detection_starts_earlier_without_crops(cifar, count, wanted):
 )
 def test_a_training_too_short_is_looked_at_in_its_last_epochs(cifar, epochs, every, wanted):
     method = replace(PAPER, detect_epochs=5, first_detection_step="auto", detect_every=every)
-    assert method.epochs(replace(cifar, epochs=epochs), 50_000) == wanted
+    told = []
+    assert method.epochs(replace(cifar, epochs=epochs), 50_000, told.append) == wanted
+    assert [text.split(":")[0] for text in told] == (
+        ["the training is too short for detection to start at step 1500 (after epoch 4)"] if wanted[0] < 4 else []
+    )
 
 
 def test_fewer_samples_than_a_batch_with_drop_last(cifar):
@@ -413,9 +430,12 @@ def test_a_bad_value_names_its_key(key, value):
 
 def test_more_detection_epochs_than_epochs_are_refused():
     facts = Facts(num_classes=10, image_size=32, train_size=50_000, epochs=9, steps_per_epoch=391)
-    with pytest.raises(ConfigError, match=r"detect_epochs=10 exceeds train.epochs=9"):
+    with pytest.raises(ConfigError, match=r"detect_epochs=10 with detect_every=1 .* train.epochs=9: allowed is 1 to 9"):
         PAPER.check(facts)
     PAPER.check(replace(facts, epochs=10))
+    with pytest.raises(ConfigError, match=r"needs 28 epochs, train.epochs=27: allowed is 1 to 9"):
+        replace(PAPER, detect_every=3).check(replace(facts, epochs=27))
+    replace(PAPER, detect_every=3).check(replace(facts, epochs=28))
 
 
 # ------------------------------------------------------------------ the whole method

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from backdoor_bench.cache import Stages
 from backdoor_bench.data.augment import Augmentation
@@ -14,7 +13,7 @@ from backdoor_bench.errors import BenchError, ConfigError
 from backdoor_bench.models.classifier import assemble
 from backdoor_bench.progress import QuietProgress
 from backdoor_bench.removal import common
-from backdoor_bench.removal.hiding import FirstClasses, Hiding
+from backdoor_bench.removal.hiding import Hiding
 from backdoor_bench.removal.mixed_ce import MixedCE, mixed_cross_entropy
 from backdoor_bench.removal.retrain import Retrain
 from backdoor_bench.removal.unlearn_relearn import UnlearnRelearn
@@ -169,6 +168,13 @@ def test_another_value_is_another_stage(view, isolation, victim, name):
     assert not same(state(one), state(two))
 
 
+@every_removal
+def test_another_recipe_of_the_victim_is_another_stage(view, isolation, victim, recipe, removal):
+    one = removal.remove(view, victim, isolation)
+    cropped = replace(recipe, augment=Augmentation(2, True, 0.0, 0))
+    assert not same(state(one), state(removal.remove(replace(view, train_config=cropped), victim, isolation)))
+
+
 class Stop(Exception):
     pass
 
@@ -195,14 +201,18 @@ def test_resumes_bit_for_bit(view, isolation, victim, rows, recipe, removal, tmp
 @pytest.mark.parametrize(
     ("key", "value"),
     [("epochs", 0), ("lr", 0), ("lr", float("nan")), ("momentum", 1), ("weight_decay", -1), ("batch_size", 0),
-     ("batch_size", 2.5), ("schedule", "step")],
+     ("batch_size", 2.5), ("schedule", "step"), ("augment", "yes")],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(name, key, value):
     with pytest.raises(ConfigError, match=rf"defense\.removal\.{key}={value!r}"):
         replace(REMOVALS[name], **{key: value})
 
 
-@pytest.mark.parametrize(("name", "key", "value"), [("mixed_ce", "lambda_p", -0.1), ("unlearn_relearn", "rounds", "x")])
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("mixed_ce", "lambda_p", -0.1), ("unlearn_relearn", "rounds", "x"), ("unlearning", "nesterov", 1),
+     ("hiding", "drop_dummy", 0)],
+)  # fmt: skip
 def test_a_bad_value_of_one_module_names_its_key(name, key, value):
     with pytest.raises(ConfigError, match=rf"defense\.removal\.{key}={value!r}"):
         replace(REMOVALS[name], **{key: value})
@@ -277,10 +287,11 @@ def test_hiding_sends_separable_flagged_samples_to_the_dummy_class(view):
 
     # Without the dummy class the same model predicts among the real ones; nothing is trained for that.
     first = replace(hiding, drop_dummy=True).remove(view, victim, Isolation(flagged=kind == 3))
-    assert isinstance(first, FirstClasses)
-    assert not first.model.training
+    assert first.num_classes == 3
+    assert not first.training
     with torch.no_grad():
-        assert torch.equal(first(images.float() / 255), logits[:, :3])
+        torch.testing.assert_close(first(images.float() / 255), logits[:, :3])
+    assert torch.equal(first.head.weight, repaired.head.weight[:3])
 
 
 def test_drop_dummy_shares_the_cached_stage(view, isolation, victim, monkeypatch):
@@ -469,9 +480,3 @@ def test_retrain_follows_the_victims_drop_last(logged, isolation, victim):
     view = replace(logged, train_config=replace(logged.train_config, drop_last=True))
     Retrain().remove(view, victim, isolation)  # 106 clean rows in batches of 32
     assert [len(batch) for batch in logged.train.images.batches] == [32, 32, 32] * 3
-
-
-def test_first_classes_saves_the_whole_model(new_model):
-    model = FirstClasses(new_model(5), 4)
-    assert isinstance(model.model.head, nn.Linear)
-    assert len(model.state_dict()["model.head.bias"]) == 5
