@@ -57,8 +57,10 @@ class Plan:
         """What the poisoned set depends on; ``poisons=False`` gives the clean set's."""
         keep = self.poisons if poisons is None else poisons
         attack = self.config["attack"] if keep else None
-        dataset = hashed_part(self.config["dataset"], "dataset.")
-        return {"dataset": dataset, "attack": attack, "holdout": self.config["holdout"], "files": self.config["files"]}
+        # What a user knows of the truth changes no image; the images themselves are hashed when they are loaded.
+        dataset = {k: v for k, v in hashed_part(self.config["dataset"], "dataset.").items() if k != "truth"}
+        files = {key: value for key, value in self.config["files"].items() if key != "dataset"}
+        return {"dataset": dataset, "attack": attack, "holdout": self.config["holdout"], "files": files}
 
     def victim_scope(self, poisons: bool | None = None) -> dict[str, Any]:
         """What the undefended model depends on."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from backdoor_bench import launch
 from backdoor_bench.errors import ConfigError, DataError, DiskError, Diverged, Interrupted
@@ -114,11 +115,27 @@ def test_a_foreign_target_among_swept_values_stops_its_job_only(go, evil):
         "hydra._internal.core_plugins.bash_completion.os.Launcher",
     ],
 )
-def test_only_classes_written_here_are_ours(go, tmp_path, target):
-    for key in ("attack.x", "hydra.callbacks.x"):
-        assert go(f"+{key}={{_target_:{target},self:{tmp_path}/sentinel}}") == 2
-        assert go.err.startswith(f"error: {key}._target_={target!r} is not allowed")
+def test_only_classes_written_here_are_ours(target):
+    config = OmegaConf.create({"hydra": {"callbacks": {"x": {"_target_": target}}}})
+    with pytest.raises(ConfigError, match=re.escape(f"hydra.callbacks.x._target_={target!r} is not allowed")):
+        launch.refuse_foreign_targets(config)
+
+
+@pytest.mark.parametrize("key", ["attack.x", "hydra.callbacks.x"])
+def test_a_name_that_our_module_imported_is_not_called(go, tmp_path, key):
+    assert go(f"+{key}={{_target_:backdoor_bench.results.Path.touch,self:{tmp_path}/sentinel}}") == 2
     assert not (tmp_path / "sentinel").exists()
+
+
+def test_ours_and_hydras_own_pass():
+    targets = [
+        "backdoor_bench.attacks.badnets.BadNets",
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+    ]
+    launch.refuse_foreign_targets(OmegaConf.create({"all": [{"_target_": target} for target in targets]}))
 
 
 @pytest.mark.parametrize("key", ["+attack.x", "dataset.mean", "+hydra.callbacks.x"])
@@ -438,10 +455,18 @@ def test_unreadable_override(go):
     assert go.plans == []
 
 
-@pytest.mark.parametrize("key", ["train", "train.augment", "holdout", "evaluation", "resume"])
+@pytest.mark.parametrize("key", ["train.augment", "holdout", "evaluation", "resume"])
 def test_a_section_is_not_a_value(key):
     with pytest.raises(ConfigError, match=rf"{re.escape(key)}=3 is not allowed: it is a section of keys"):
         launch.check_command(CONF, [f"{key}=3"])
+
+
+@pytest.mark.parametrize("group", ["attack", "train"])
+@pytest.mark.xfail(
+    strict=True, reason="launch.py: explain does not know Hydra's ValueError for a group set to a number"
+)
+def test_a_number_for_a_group_is_a_configuration_error(group):
+    assert group in (message(f"{group}=3") or "")
 
 
 def test_errors_of_others_are_not_explained():

@@ -340,7 +340,9 @@ def test_yaml_tags_are_not_run(saved, tmp_path):
     assert not sentinel.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="results.py:230 takes any name of our modules, instantiate and Path included")
+@pytest.mark.xfail(
+    strict=True, reason="results.py: load_model takes any name of our modules, instantiate and Path included"
+)
 def test_a_model_class_must_be_one_of_our_models(saved, tmp_path):
     """A run folder from elsewhere must not be able to run what it names."""
     folder, sentinel = saved(build(4)), tmp_path / "sentinel"
@@ -355,7 +357,7 @@ def test_a_model_class_must_be_one_of_our_models(saved, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["model: [1,\n", "- 1\n", "seed: 0\n", "model: {widths: [8]}\n"])
-@pytest.mark.xfail(strict=True, reason="results.py:225-229 lets YAMLError, TypeError and KeyError through")
+@pytest.mark.xfail(strict=True, reason="results.py: load_model lets YAMLError, TypeError and KeyError through")
 def test_a_torn_configuration_is_a_data_error(saved, text):
     folder = saved(build(4))
     (folder / "config.yaml").write_text(text)

@@ -70,7 +70,7 @@ def test_nothing_public_in_a_view_tells_the_truth(prepared):
     rows = set(poisoned.is_poisoned.nonzero().flatten().tolist())
     test_image = evaluator.test.images[0]
     values = list(public_values(view))
-    assert len(values) > 100
+    assert len(values) > 40
     for value in values:
         assert not isinstance(value, (Evaluator, Truth, TestCase))
         if isinstance(value, torch.Tensor):

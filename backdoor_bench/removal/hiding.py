@@ -42,7 +42,10 @@ class Hiding:
     def remove(self, view: DefenderView, model: Classifier, isolation: Isolation) -> nn.Module:
         """The model with C+1 outputs; the given model itself if nothing is flagged (the dummy class has no sample)."""
         if not isolation.flagged.any():
-            view.progress.warn("nothing is flagged: hiding is skipped and the victim is returned as it is")
+            view.progress.warn(
+                "nothing is flagged: hiding is skipped and the victim is returned as it is; this does not prove the data "
+                "clean: look at the pictures of the maps, and try a smaller defense.isolation.eps"
+            )
             return model
         values = asdict(self)
         drop_dummy = values.pop("drop_dummy")

@@ -135,12 +135,12 @@ def curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     stage (each epoch alone, and the union so far).
 
     rows: as in metrics.csv, with ``stage``, ``epoch`` and, where known, ``acc``, ``asr``, ``precision``, ``recall`` as
-    fractions or None.
+    fractions or None. Without any of these (a folder of unknown truth) the loss is drawn.
     """
     models = _series(rows, ("acc", "asr"))
     found = _series(rows, ("precision", "recall"))
     if not models and not found:
-        return _message(path, "Curves", "no epochs were recorded")
+        return _losses(path, rows)
     spans = [max(3, min(12, len({e for line in lines.values() for e, _ in line}))) for lines in models.values()]
     ratios = [*spans, *([max(8, sum(spans) * 0.6)] if found else [])]
     figure = _figure(min(14.0, max(6.5, 2.2 * len(models) + 5.0 * bool(found) + 2.5)), 4.4, "Curves of this run")
@@ -341,6 +341,27 @@ def _scale(axis: Axes, eps: float | None) -> None:
     across = blended_transform_factory(axis.transData, axis.transAxes)
     axis.plot([start, start + eps], [0.03, 0.03], color="black", linewidth=3, solid_capstyle="butt", transform=across)
     axis.text(start, 0.04, f"eps {eps:g}", fontsize=8, va="bottom", transform=across)
+
+
+def _losses(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """The loss by epoch of each stage: what there is to show without test set and truth."""
+    stages: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("loss") is not None:
+            stages.setdefault(str(row["stage"]), []).append((float(row["epoch"]), float(row["loss"])))
+    if not stages:
+        return _message(path, "Curves", "no epochs were recorded")
+    figure = _figure(6.5, 4.2, "Training loss (no test set, no known truth)")
+    axis = figure.subplots()
+    for (stage, points), colour, marker in zip(
+        stages.items(), (_RIGHT, _WRONG) * len(stages), "os" * len(stages), strict=False
+    ):
+        _line(axis, points, colour, marker, "-", _text(stage, 18))
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
 
 
 def _series(

@@ -68,7 +68,14 @@ def print_summary(
         times.add_row("total", duration(total), style="bold")
 
     folder = Path(result["run_dir"])
-    lines = [f"files in {folder}:"]
+    lines = []
+    if metrics.get("acc") is None:
+        lines.append(
+            "ACC and ASR need a test set: none came with these data (dataset=folder: put clean images in ROOT/test)"
+        )
+    if metrics.get("recall") is None and poison.get("n_poisoned") is None:
+        lines.append("precision and recall need the truth (dataset=folder: dataset.truth=FILE.csv)")
+    lines.append(f"files in {folder}:")
     lines += [f"  {name:<18} {meaning}" for name, meaning in _FILES if (folder / name).exists()]
     progress.show(Group(table, times))
     progress.say("\n".join(lines))
