@@ -72,7 +72,14 @@ def load(plan: Plan, progress: Progress) -> tuple[Dataset, ImageSet | None]:
             f"0..{len(dataset.train) - 1}"
         )
     # From a fixed seed: the holdout is the same for a whole table, whatever the training seed.
-    rows, held = split_holdout(dataset.train, size, generator(0, "holdout"))
+    clean = _known_clean(dataset)
+    if size >= len(clean):
+        raise ConfigError(f"holdout.size={size} is not allowed: {len(clean)} images are not known to be poisoned")
+    _, picked = split_holdout(select(dataset.train, clean), size, generator(0, "holdout"))
+    held = clean[picked]
+    rest_mask = torch.ones(len(dataset.train), dtype=torch.bool)
+    rest_mask[held] = False
+    rows = rest_mask.nonzero().flatten()
     holdout = select(dataset.train, held)
     names = dataset.file_names
     order = torch.cat([rows, held]) if plan.config["holdout"]["source"] == "seen" else rows
@@ -85,6 +92,15 @@ def load(plan: Plan, progress: Progress) -> tuple[Dataset, ImageSet | None]:
         true_labels=_take(dataset.true_labels, rows),
     )
     return rest, holdout
+
+
+def _known_clean(dataset: Dataset) -> torch.Tensor:
+    """int64 rows that nobody says are poisoned or cover."""
+    clean = torch.ones(len(dataset.train), dtype=torch.bool)
+    for known in (dataset.known_poison, dataset.known_cover):
+        if known is not None:
+            clean &= ~known
+    return clean.nonzero().flatten()
 
 
 def _take(values: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:

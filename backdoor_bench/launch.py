@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backdoor_bench.errors import BenchError, ConfigError, SweepFailed
+from backdoor_bench.targets import is_ours
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,6 +32,9 @@ SECTIONS = (
 SUBGROUPS = ("defense.isolation", "defense.removal")
 # Hydra's own: only classes named as launchers and sweepers are, in the modules that hold them.
 HYDRA_TARGETS = re.compile(r"(hydra\._internal\.core_plugins\.\w+|hydra_plugins(\.\w+)+)\.\w+(Launcher|Sweeper)")
+# ${name:...} calls a resolver; oc.create and oc.decode would make nodes, with their _target_, after the check.
+RESOLVER = re.compile(r"\$\{([^}:]*):")
+RESOLVERS = ("oc.env", "hydra", "now")
 # Everything else that Hydra takes could bring another configuration, or a pickle, past the check of targets.
 OPTIONS = ("-m", "--multirun", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "job", "all", "hydra")
 MAX_JOBS = 10_000
@@ -207,41 +211,35 @@ def _swept(override: Any, conf: Path) -> list[str]:
     return list(override.sweep_string_iterator())
 
 
-def _is_ours(target: str) -> bool:
-    """Whether ``target`` is a class written in one of this package's files, found without importing anything.
-
-    A prefix would not do: ``backdoor_bench.results.os.system`` has it too.
-    """
-    module, _, name = target.rpartition(".")
-    parts = module.split(".")
-    if parts[0] != "backdoor_bench" or not all(part.isidentifier() for part in (*parts, name)):
-        return False
-    path = Path(__file__).resolve().parent.joinpath(*parts[1:])
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return file.is_file() and re.search(rf"^class {name}\b", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
-
-
 def refuse_foreign_targets(config: DictConfig) -> None:
     """Raise ConfigError for any ``_target_`` that is neither ours nor one of Hydra's launchers and sweepers."""
     from omegaconf import OmegaConf
 
-    for key, target in _targets(OmegaConf.to_container(config, resolve=False), ""):
-        if not isinstance(target, str) or not (_is_ours(target) or HYDRA_TARGETS.fullmatch(target)):
-            raise ConfigError(
-                f"{key}={target!r} is not allowed: a _target_ must be a class of backdoor_bench (nothing was imported)"
-            )
+    for key, value in _leaves(OmegaConf.to_container(config, resolve=False), ""):
+        if key.rpartition(".")[2] == "_target_":
+            if not isinstance(value, str) or not (is_ours(value) or HYDRA_TARGETS.fullmatch(value)):
+                raise ConfigError(
+                    f"{key}={value!r} is not allowed: a _target_ must be a class of backdoor_bench (nothing was imported)"
+                )
+        elif isinstance(value, str):
+            foreign = [name for name in RESOLVER.findall(value) if name not in RESOLVERS]
+            if foreign:
+                raise ConfigError(
+                    f"{key}={value!r} is not allowed: the resolver {foreign[0]!r} could make any object; allowed are "
+                    f"{', '.join(RESOLVERS)} and plain ${{key}}"
+                )
 
 
-def _targets(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no section and no list; a ``_target_`` always, whatever it holds."""
     if isinstance(node, dict):
         for key, value in node.items():
-            if key == "_target_":
-                yield f"{prefix}{key}", value
-            else:
-                yield from _targets(value, f"{prefix}{key}.")
+            yield from [(f"{prefix}{key}", value)] if key == "_target_" else _leaves(value, f"{prefix}{key}.")
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            yield from _targets(value, f"{prefix}{index}.")
+            yield from _leaves(value, f"{prefix}{index}.")
+    else:
+        yield prefix.rstrip("."), node
 
 
 def _is_override(word: str) -> bool:
@@ -264,6 +262,9 @@ def explain(error: Exception, conf: Path, overrides: list[str]) -> str | None:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        numbers = ", ".join(word for word in overrides if re.fullmatch(r"[\w/]+=[\d.]+", word))
+        return f"{numbers}: a group is chosen by a name, not by a number; --help lists the choices"
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, name = str(error.missing_cfg_file).rsplit("/", 1)
         valid = [option for option in error.options if option]

@@ -31,6 +31,7 @@ from backdoor_bench.storage import (
     write_json,
     write_text,
 )
+from backdoor_bench.targets import is_ours
 
 SCHEMA = 1
 # What may differ between two runs that compute the same.
@@ -159,7 +160,7 @@ class RunFolder:
             result = json.loads((self.path / "result.json").read_text())
         except (OSError, ValueError):
             return None
-        if isinstance(result, dict) and result.get("schema", 0) > SCHEMA:
+        if isinstance(result, dict) and isinstance(result.get("schema"), int) and result["schema"] > SCHEMA:
             raise DataError(
                 f"{self.path / 'result.json'} has schema {result['schema']}, this version reads {SCHEMA}; update the "
                 "package or set another output_root"
@@ -239,12 +240,11 @@ def load_model(run_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     folder = Path(run_dir)
     bundle = load_bundle(folder / "model")
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except OSError as error:
-        raise DataError(f"{folder} is no run folder: {error}") from error
-    spec = dict(config["model"])
-    target, _ = spec.pop("_target_"), spec.pop("_convert_", None)
-    if not target.startswith("backdoor_bench."):
+        spec = dict(yaml.safe_load((folder / "config.yaml").read_text())["model"])
+        target, _ = str(spec.pop("_target_")), spec.pop("_convert_", None)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / 'config.yaml'} is missing or damaged: {error}") from error
+    if not is_ours(target, "backdoor_bench.models"):
         raise DataError(f"{folder / 'config.yaml'} names a foreign model class {target}")
     module, name = target.rsplit(".", 1)
     meta = bundle.meta

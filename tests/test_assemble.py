@@ -97,7 +97,6 @@ def test_what_is_known_follows_its_rows(dataset, progress):
 
 
 @pytest.mark.parametrize("source", ["reserved", "seen"])
-@pytest.mark.xfail(strict=True, reason="assemble.py: load draws the clean holdout from rows known to be poisoned")
 def test_the_holdout_of_a_folder_has_no_row_known_to_be_poisoned(dataset, progress, source):
     _, holdout = assemble.load(stub(dataset, 32, source), progress)
     held = torch.tensor(row_numbers(holdout.images, dataset.train.images))

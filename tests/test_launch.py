@@ -139,10 +139,6 @@ def test_ours_and_hydras_own_pass():
 
 
 @pytest.mark.parametrize("key", ["+attack.x", "dataset.mean", "+hydra.callbacks.x"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="launch.py: refuse_foreign_targets walks the unresolved tree, where ${oc.create:{_target_: ...}} is a string",
-)
 def test_a_target_made_by_a_resolver_is_refused(go, evil, key):
     go(f"{key}='${{oc.create:{{_target_:evil_for_test.run}}}}'")
     assert not evil()
@@ -462,9 +458,6 @@ def test_a_section_is_not_a_value(key):
 
 
 @pytest.mark.parametrize("group", ["attack", "train"])
-@pytest.mark.xfail(
-    strict=True, reason="launch.py: explain does not know Hydra's ValueError for a group set to a number"
-)
 def test_a_number_for_a_group_is_a_configuration_error(group):
     assert group in (message(f"{group}=3") or "")
 

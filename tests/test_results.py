@@ -340,24 +340,17 @@ def test_yaml_tags_are_not_run(saved, tmp_path):
     assert not sentinel.exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="results.py: load_model takes any name of our modules, instantiate and Path included"
-)
 def test_a_model_class_must_be_one_of_our_models(saved, tmp_path):
     """A run folder from elsewhere must not be able to run what it names."""
     folder, sentinel = saved(build(4)), tmp_path / "sentinel"
     nested = {"_target_": "pathlib.Path.touch", "self": str(sentinel)}
     with_model(folder, {"_target_": "backdoor_bench.plan.instantiate", "config": nested})
-    try:
+    with pytest.raises(DataError, match="foreign model class"):
         load_model(folder)
-    except Exception:
-        assert not sentinel.exists()
-        raise
     assert not sentinel.exists()
 
 
 @pytest.mark.parametrize("text", ["model: [1,\n", "- 1\n", "seed: 0\n", "model: {widths: [8]}\n"])
-@pytest.mark.xfail(strict=True, reason="results.py: load_model lets YAMLError, TypeError and KeyError through")
 def test_a_torn_configuration_is_a_data_error(saved, text):
     folder = saved(build(4))
     (folder / "config.yaml").write_text(text)

@@ -1,0 +1,35 @@
+"""The table of runs: exact lines for a stored result."""
+
+import json
+
+from scripts.summarise_runs import main
+
+RESULT = {
+    "dataset": "d", "model": "m", "attack": "a", "defense": "trap", "variant": "default", "seed": 0,
+    "metrics": {"acc": 0.7, "asr": 0.001, "target_class_acc": None, "precision": 0.5, "recall": 1.0},
+    "undefended": {"acc": 0.72, "asr": 0.99}, "poison": {"n_poisoned": 2, "n_flagged": 4},
+    "seconds": {"total": 3.0, "train": 2.0}, "diagnostics": {"maps": []},
+    "environment": {"device": "cpu", "threads": 1, "precision": "fp32", "embedding": None, "torch": "2", "git": None},
+}  # fmt: skip
+
+
+def test_table_of_a_stored_result(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(RESULT))
+    columns = "stage,epoch,acc,asr,precision,recall,n_flagged"
+    rows = ["train,3,0.5,1.0,,,", "detection,3,,,0.5,1.0,4", "isolation,3,,,0.25,1.0,8"]
+    (folder / "metrics.csv").write_text("\n".join([columns, *rows]) + "\n")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "result.json").write_text('{"da')
+    assert main([str(tmp_path), "--epochs", "--csv", str(tmp_path / "x.csv")]) == 0
+    told = capsys.readouterr()
+    assert "| d | a | trap | 0 | 72.00 / 99.00 | 70.00 | 0.10 | - | 50.00 | 100.00 | 4 |" in told.out
+    assert "| 3 | 50.00 / 100.00 | 4 | 50.00 | 100.00 | 25.00 | 100.00 |" in told.out
+    assert "torn" in told.err
+    assert (tmp_path / "x.csv").read_text().startswith("dataset,model,attack,defense,variant,seed,undefended_acc")
+
+
+def test_nothing_finished(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
