@@ -154,11 +154,11 @@ class Stages:
         try:
             entry.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        except OSError as error:
-            raise DiskError(f"cannot write to {entry}: {error}; set another output_root or cache_root") from error
-        except Timeout:
+        except Timeout:  # an OSError too, so it comes first
             self._progress.say(f"another run is making '{name}' ({entry}); waiting for it")
             lock.acquire()
+        except OSError as error:
+            raise DiskError(f"cannot write to {entry}: {error}; set another output_root or cache_root") from error
         try:
             remove_stale_temporaries(entry)
             yield

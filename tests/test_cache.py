@@ -76,3 +76,16 @@ def test_fitted_loads_weights_and_replays_rows(stages, rows):
 def test_the_scope_cannot_be_read_back(stages):
     public = [name for name in vars(stages) if not name.startswith("_")]
     assert public == []
+
+
+def test_a_second_run_waits_for_the_one_that_holds_the_step(stages, progress):
+    import threading
+
+    from filelock import FileLock
+
+    stages.tensors("x", lambda: {"v": torch.tensor(1)})
+    lock = FileLock(folder_of(stages, "x") / "lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(0.3, lock.release).start()
+    assert stages.tensors("x", lambda: {"v": torch.tensor(2)})["v"].item() == 1
+    assert "waiting for it" in progress.said[0]
