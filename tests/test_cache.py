@@ -79,13 +79,15 @@ def test_the_scope_cannot_be_read_back(stages):
 
 
 def test_a_second_run_waits_for_the_one_that_holds_the_step(stages, progress):
-    import threading
-
-    from filelock import FileLock
+    import subprocess
+    import sys
 
     stages.tensors("x", lambda: {"v": torch.tensor(1)})
-    lock = FileLock(folder_of(stages, "x") / "lock", thread_local=False)
-    lock.acquire()
-    threading.Timer(0.3, lock.release).start()
-    assert stages.tensors("x", lambda: {"v": torch.tensor(2)})["v"].item() == 1
+    hold = (
+        "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]):\n print('held', flush=True)\n time.sleep(0.5)"
+    )
+    lock = str(folder_of(stages, "x") / "lock")
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert stages.tensors("x", lambda: {"v": torch.tensor(2)})["v"].item() == 1
     assert "waiting for it" in progress.said[0]
