@@ -32,6 +32,7 @@ from backdoor_bench.types import DefenderView, Facts, Isolation
 STEPS_WITH_CROP, STEPS_WITHOUT_CROP = 1500, 120
 SCALE_BELOW = 20_000
 FEWEST_ITERATIONS = 75
+SMALL = 5_000  # samples, for which the fewest iterations are enough
 MUCH_FLAGGED = 0.3
 
 
@@ -42,8 +43,8 @@ class TrapIsolation:
     random, else 120. detect_every: epochs between detections. eps, min_samples: DBSCAN's, in units of the map.
     scale_min_samples: true|false|auto (auto: below 20,000 samples), min_samples then grows with sqrt(N / 50,000).
     scale_iterations: the same choices; t-SNE then takes half of its exaggerated and N / 50,000 of its other iterations
-    (at least 75), which leaves the map about as dense as that of 50,000 samples, where eps is the paper's: its extent
-    grows with the iterations, 185 there, 55-75 with 5,000 samples (the same density: 58).
+    (at least 75, and 75 x 5,000 / N below 5,000 samples). A map grows with its iterations, and eps is a length in it:
+    176 wide with 50,000 samples and all iterations, 55-75 with 5,000 and 75, about equally dense.
     rule: one_or_all|not_largest. one_class_share: share of one label from which a cluster counts as one class.
     noise: benign|suspicious. reducer: tsne|pca|svd.
     """
@@ -140,10 +141,13 @@ class TrapIsolation:
         """The settings of the maps of a set of this size."""
         settings = self.embedding if self.reducer == "tsne" else replace(self.embedding, backend=self.reducer)
         if _on(self.scale_iterations, count):
+            share = round(settings.iterations * count / REFERENCE_SIZE)
+            # Below: the learning rate is N, so a map spreads with N x iterations, and a gap must still exceed eps.
+            enough = round(FEWEST_ITERATIONS * SMALL / count)
             settings = replace(
                 settings,
                 exaggeration_iter=settings.exaggeration_iter // 2,
-                iterations=max(FEWEST_ITERATIONS, round(settings.iterations * count / REFERENCE_SIZE)),
+                iterations=min(settings.iterations, max(share, FEWEST_ITERATIONS, enough)),
             )
         return settings
 

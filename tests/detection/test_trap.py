@@ -384,7 +384,8 @@ def test_min_samples_passes_through_its_anchors(switch, count, wanted):
         ("auto", 19_999, 125, 200),
         ("auto", 8_000, 125, 80),
         ("auto", 5_000, 125, 75),  # never fewer
-        ("auto", 100, 125, 75),
+        ("auto", 2_500, 125, 150),  # N x iterations stays the same below
+        ("auto", 100, 125, 500),  # never more than asked for
         (False, 100, 250, 500),
         (True, 50_000, 125, 500),
     ],
@@ -408,7 +409,7 @@ def test_min_samples_and_iterations_are_used(view, maps):
     scaled = replace(method, scale_min_samples=True, scale_iterations=True).isolate(view)
     assert rows(scaled.flagged) == []
     assert scaled.extra["min_samples"] == 5
-    assert (maps.calls[1]["settings"].exaggeration_iter, maps.calls[1]["settings"].iterations) == (125, 75)
+    assert (maps.calls[1]["settings"].exaggeration_iter, maps.calls[1]["settings"].iterations) == (125, 500)
 
 
 # ------------------------------------------------------------------ what is refused
