@@ -48,9 +48,9 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
         result = assemble.checked(plan.defense.defend(view), len(view.train))
         raise_if_requested()
 
-        metrics = evaluator.model_metrics(result.model)
+        metrics = evaluator.model_metrics(result.model, final=True)
         metrics |= evaluator.isolation_metrics(result.flagged, result.trusted, result.score)
-        undefended = evaluator.model_metrics(view.victim()) if view.victim.is_cached() else None
+        undefended = evaluator.model_metrics(view.victim(), final=True) if view.victim.is_cached() else None
         floor = assemble.asr_floor(run, evaluator)
         return report.finish(result, metrics, undefended, floor, time.perf_counter() - start)
 

@@ -18,6 +18,7 @@ from backdoor_bench.errors import ConfigError
 from backdoor_bench.evaluate import Evaluator, Recorder, Truth
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.plan import Plan
+from backdoor_bench.training.fit import cross_entropy, resident
 from backdoor_bench.training.seeds import derive, generator
 from backdoor_bench.training.victim import CachedVictim
 from backdoor_bench.types import (
@@ -171,6 +172,9 @@ def attacker_view(run: Run, dataset: Dataset) -> AttackerView:
         train_config=plan.train,
         generator=generator(plan.attack_seed, "attack"),
         stages=run.stages([plan.poison_scope(), plan.config["model"], plan.train.key()], _NoRows()),
+        learned=run.stages(
+            [plan.poison_scope(poisons=False), plan.config["model"], plan.train.key(), plan.attack_seed], _NoRows()
+        ),
         device=torch.device(plan.hardware.device),
         progress=run.progress,
     )
@@ -197,7 +201,7 @@ def _appended(train: ImageSet, holdout: ImageSet) -> ImageSet:
     images, extra = train.images, holdout.images
     if not isinstance(images, torch.Tensor) or not isinstance(extra, torch.Tensor):
         raise ConfigError("holdout.source=seen needs data in memory; set holdout.source=reserved")
-    return ImageSet(torch.cat([images, extra]), torch.cat([train.labels, holdout.labels]), train.num_classes)
+    return replace(train, images=torch.cat([images, extra]), labels=torch.cat([train.labels, holdout.labels]))
 
 
 def truth_of(dataset: Dataset, poisoned: PoisonedSet, poisons: bool) -> Truth:
@@ -219,13 +223,14 @@ def evaluator_for(run: Run, dataset: Dataset, poisoned: PoisonedSet) -> Evaluato
     if test is not None:
         test = replace(to_device(test, torch.device(hardware.device)), labels=test.labels)
     truth = truth_of(dataset, poisoned, run.plan.poisons)
-    return Evaluator(test, poisoned.tests, truth, dataset.train.num_classes, hardware)
+    return Evaluator(test, poisoned.tests, truth, dataset.train.num_classes, hardware, poisoned.tests_of)
 
 
 def defender_view(run: Run, poisoned: PoisonedSet, holdout: ImageSet | None, recorder: Recorder) -> DefenderView:
     """All the defence may see. Only images, labels and class count of the poisoned set go in."""
     plan = run.plan
-    train = ImageSet(_resident(poisoned.train.images, plan), poisoned.train.labels, poisoned.train.num_classes)
+    train = replace(poisoned.train, images=_resident(poisoned.train.images, plan))
+    train_loss = poisoned.train_loss or cross_entropy(plan.train.label_smoothing)
     stages = run.stages(plan.victim_scope(), recorder)
     victim = CachedVictim(
         train,
@@ -235,8 +240,7 @@ def defender_view(run: Run, poisoned: PoisonedSet, holdout: ImageSet | None, rec
         stages,
         recorder,
         run.progress,
-        loss_fn=poisoned.train_loss,
-        augment_extra=poisoned.augment,
+        loss_fn=train_loss,
     )
     return DefenderView(
         train=train,
@@ -245,6 +249,7 @@ def defender_view(run: Run, poisoned: PoisonedSet, holdout: ImageSet | None, rec
         new_model=run.new_model,
         victim=victim,
         train_config=plan.train,
+        train_loss=train_loss,
         generator=generator(plan.seed, "defense"),
         stages=stages,
         probe=_probe_of(recorder),
@@ -297,8 +302,6 @@ def checked(result: DefenseResult, count: int) -> DefenseResult:
 
 def _resident(images: Images, plan: Plan) -> Images:
     """On the device once, not again in every fit."""
-    from backdoor_bench.training.fit import resident
-
     return resident(images, plan.hardware.resident_gib, torch.device(plan.hardware.device))
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from backdoor_bench.inference import predict
 from backdoor_bench.training.hardware import Hardware
-from backdoor_bench.types import ImageSet, TestCase
+from backdoor_bench.types import Images, ImageSet, StoredCase, TestCase
 
 
 def detection_metrics(
@@ -64,45 +64,60 @@ class Truth:
     is_cover: Tensor | None
 
 
+class Stamped(NamedTuple):
+    """A triggered test set: uint8 images and the labels the attacker wants."""
+
+    case: TestCase | StoredCase
+    images: Images
+    wanted: Tensor
+
+
 class Evaluator:
     """Clean and triggered test sets, stamped once and kept on the device.
 
-    test: clean test set or None. tests: the attack's test cases. truth: of the training rows.
+    test: clean test set or None. tests: the attack's test cases. truth: of the training rows. tests_of: the triggers
+    that the attack looks for in a finished model.
     """
 
     def __init__(
         self,
         test: ImageSet | None,
-        tests: tuple[TestCase, ...],
+        tests: tuple[TestCase | StoredCase, ...],
         truth: Truth,
         num_classes: int,
         hardware: Hardware,
+        tests_of: Callable[[nn.Module], tuple[TestCase, ...]] | None = None,
     ) -> None:
         self.test = test
         self.tests = tests
         self.truth = truth
         self.num_classes = num_classes
         self.hardware = hardware
-        self._stamped: list[tuple[TestCase, Tensor, Tensor]] | None = None
+        self._tests_of = tests_of
+        self._stamped: list[Stamped] | None = None
 
-    def stamped(self) -> list[tuple[TestCase, Tensor, Tensor]]:
-        """(case, triggered uint8 images of its pool, wanted labels) for every test case."""
+    def stamped(self) -> list[Stamped]:
+        """The triggered test sets of all test cases."""
         if self._stamped is None:
-            self._stamped = []
-            for case in self.tests if self.test is not None else ():
-                assert self.test is not None
-                rows = case.pool(self.test.labels).nonzero().flatten()
-                parts = [case.trigger(self.test.images[part], part) for part in rows.split(4096)]
-                images = torch.cat(parts) if parts else self.test.images[rows]
-                self._stamped.append((case, images, case.label_rule(self.test.labels[rows])))
+            self._stamped = [self._stamp(case) for case in self.tests] if self.test is not None else []
         return self._stamped
 
-    def model_metrics(self, model: nn.Module) -> dict[str, Any]:
+    def _stamp(self, case: TestCase | StoredCase) -> Stamped:
+        if isinstance(case, StoredCase):
+            return Stamped(case, case.test.images, case.test.labels)
+        assert self.test is not None
+        rows = case.pool(self.test.labels).nonzero().flatten()
+        parts = [case.trigger(self.test.images[part], part) for part in rows.split(4096)]
+        images = torch.cat(parts) if parts else self.test.images[rows]
+        return Stamped(case, images, case.label_rule(self.test.labels[rows], rows))
+
+    def model_metrics(self, model: nn.Module, final: bool = False) -> dict[str, Any]:
         """ACC, ASR and their relatives as fractions (None where there is no test set, trigger or target).
 
         acc: share of all clean test images classified right. acc_nontarget: the same without the target class.
-        target_class_acc: on the target class alone. asr: share of the triggered images, over all test cases, that get
-        the attacker's label. dummy_clean/dummy_triggered: share sent to TRAP's extra class.
+        target_class_acc: on the target class alone. asr: share of the triggered images that get the attacker's label,
+        the mean over the test cases that count. dummy_clean/dummy_triggered: share sent to TRAP's extra class. final:
+        the model is finished, so that triggers are looked for in it where the attack does so (which takes long).
         """
         names = ("acc", "acc_nontarget", "asr", "target_class_acc", "dummy_clean", "dummy_triggered", "acc_per_class")
         result: dict[str, Any] = dict.fromkeys((*names, "asr_per_trigger"))
@@ -117,25 +132,36 @@ class Evaluator:
         hits = torch.bincount(labels[right], minlength=self.num_classes)
         per_class = [int(h) / int(c) if c else None for h, c in zip(hits, counts, strict=True)]
         result["acc_per_class"] = per_class
-        targets = {case.target_class for case in self.tests}
+        targets = {case.target_class for case in self.tests if case.counts}
         target = targets.pop() if len(targets) == 1 else None
         if target is not None:
             result["target_class_acc"] = per_class[target]
             others = labels != target
             result["acc_nontarget"] = right[others].double().mean().item() if others.any() else None
-        success = total = dummy = 0
-        by_trigger: dict[str, float | None] = {}
-        for case, images, wanted in self.stamped():
-            predictions = predict(model, images, self.hardware)
-            n_success = int((predictions == wanted).sum())
-            by_trigger[case.name] = n_success / len(wanted) if len(wanted) else None
-            success, total = success + n_success, total + len(wanted)
-            dummy += int((predictions == self.num_classes).sum())
-        if total:
-            result["asr"] = success / total
-            result["dummy_triggered"] = dummy / total
-            result["asr_per_trigger"] = by_trigger
+        stamped = list(self.stamped())
+        if final and self._tests_of is not None:
+            stamped += [self._stamp(case) for case in self._tests_of(model)]
+        result |= self._triggered(model, stamped)
         return result
+
+    def _triggered(self, model: nn.Module, stamped: list[Stamped]) -> dict[str, Any]:
+        """What ``model`` makes of the triggered test sets; nothing where there are none."""
+        by_trigger: dict[str, float] = {}
+        best: dict[str, tuple[float, float]] = {}  # group -> (success, share sent to the dummy class)
+        for case, images, wanted in stamped:
+            if not len(wanted):
+                continue
+            predictions = predict(model, images, self.hardware)
+            success = (predictions == wanted).double().mean().item()
+            by_trigger[case.name] = success
+            if case.counts:
+                group = case.group or case.name
+                dummy = (predictions == self.num_classes).double().mean().item()
+                best[group] = max(best.get(group, (0.0, 0.0)), (success, dummy))
+        if not best:
+            return {}
+        asr, dummy = (sum(values) / len(best) for values in zip(*best.values(), strict=True))
+        return {"asr": asr, "dummy_triggered": dummy, "asr_per_trigger": by_trigger}
 
     def isolation_metrics(
         self, flagged: Tensor | None, trusted: Tensor | None = None, score: Tensor | None = None

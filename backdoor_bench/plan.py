@@ -6,7 +6,7 @@ With launch.py the only module below run.py that knows Hydra.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class Plan:
 
     @property
     def poisons(self) -> bool:
-        """Whether the attack changes anything."""
-        return self.names["attack"] != "none"
+        """Whether the attack changes the training set or the training."""
+        return bool(getattr(self.attack, "poisons", True))
 
     def poison_scope(self, poisons: bool | None = None) -> dict[str, Any]:
         """What the poisoned set depends on; ``poisons=False`` gives the clean set's."""
@@ -59,7 +59,7 @@ class Plan:
         attack = self.config["attack"] if keep else None
         # What a user knows of the truth changes no image; the images themselves are hashed when they are loaded.
         dataset = {k: v for k, v in hashed_part(self.config["dataset"], "dataset.").items() if k != "truth"}
-        files = {key: value for key, value in self.config["files"].items() if key != "dataset"}
+        files = {key: value for key, value in self.config["files"].items() if keep and key != "dataset"}
         return {"dataset": dataset, "attack": attack, "holdout": self.config["holdout"], "files": files}
 
     def victim_scope(self, poisons: bool | None = None) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     plain["names"] = names
     for group in ("paper", "experiment", "budget"):
         plain[group] = choices.get(group)
-    plain["files"] = _files(dataset, plain["attack"])
+    plain["files"] = _files(dataset, attack, plain["attack"])
     plain["hardware"] = {"_target_": plain["hardware"]["_target_"], **vars(hardware)}
 
     shown = [text for text in map(_shown, overrides) if text]
@@ -133,17 +133,27 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     )  # fmt: skip
 
 
-def _files(dataset: Any, attack: dict[str, Any]) -> dict[str, str]:
+def _files(dataset: Any, attack: Any, values: Any) -> dict[str, str]:
     """Hashes of the files behind the configuration: a folder's images, an attack's own picture. Without them a changed
     file would pass for the old one."""
     found = {}
-    if hasattr(dataset, "fingerprint"):
-        found["dataset"] = dataset.fingerprint()
-    for key, value in attack.items():
+    for name, part in (("dataset", dataset), ("attack", attack)):
+        if hasattr(part, "fingerprint"):
+            found[name] = part.fingerprint()
+    for key, value in _leaves("attack", values):
         path = Path(value).expanduser() if isinstance(value, str) and value else None
         if path is not None and path.is_file():
-            found[f"attack.{key}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dictionaries."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value
 
 
 def _facts(config: DictConfig, dataset: Any, train: TrainConfig) -> Facts:

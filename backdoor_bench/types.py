@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from backdoor_bench.cache import Stages
     from backdoor_bench.models.classifier import Classifier
     from backdoor_bench.training.config import TrainConfig
+    from backdoor_bench.training.fit import LossFn
 
 
 class Images(Protocol):
@@ -30,17 +31,24 @@ class Images(Protocol):
     def __getitem__(self, index: Any) -> Tensor: ...
 
 
+# Float batch [B, 3, H, W] in [0, 1], CPU generator -> the transformed batch.
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images with labels as given.
 
     images: uint8 ``[N, 3, H, W]`` (tensor, or memory-mapped: index it with an int64 tensor or a slice, get a tensor).
-    labels: int64 ``[N]`` in 0..num_classes-1.
+    labels: int64 ``[N]`` in 0..num_classes-1. augment: a transform that belongs to these data and is drawn anew in every
+    training step on them (the attack ``physical``), after the recipe's own augmentation; ``fit`` applies it, so that no
+    defence can lose it.
     """
 
     images: Images
     labels: Tensor
     num_classes: int
+    augment: Augment | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,13 +95,24 @@ class Trigger(Protocol):
     def __call__(self, images: Tensor, index: Tensor | None = None) -> Tensor: ...
 
 
-LabelRule = Callable[[Tensor], Tensor]  # int64 [B] true labels -> int64 [B] labels the attacker wants
+class LabelRule(Protocol):
+    """int64 [B] true labels -> a new int64 [B], the labels the attacker wants; ``index`` int64 [B] are the row numbers,
+    for rules that differ a sample."""
+
+    def __call__(self, labels: Tensor, index: Tensor | None = None) -> Tensor: ...
+
+
 Pool = Callable[[Tensor], Tensor]  # int64 [B] true labels -> bool [B], True = counts for the ASR
 
 
 @dataclass(frozen=True)
 class TestCase:
-    """One triggered test set: these images (``pool``), this stamp, this wanted label."""
+    """One triggered test set: these images (``pool``), this stamp, this wanted label.
+
+    target_class: the one class the attacker wants, None where there are several. counts: whether it enters the ASR, or
+    is only listed in ``asr_per_trigger``. group: cases of one group compete, and the best of them counts (``natural``
+    tries every class); by default each case stands for itself.
+    """
 
     __test__ = False  # not a pytest class
 
@@ -101,7 +120,20 @@ class TestCase:
     trigger: Trigger
     label_rule: LabelRule
     pool: Pool
-    target_class: int | None = None  # the one class the attacker wants, None where there are several
+    target_class: int | None = None
+    counts: bool = True
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A triggered test set that exists already (``attack=import``): images with the labels the attacker wants."""
+
+    name: str
+    test: ImageSet
+    target_class: int | None = None
+    counts: bool = True
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +142,9 @@ class PoisonedSet:
 
     is_poisoned: bool[N], trigger and attacker's label. is_cover: bool[N], trigger but true label.
     true_labels: int64[N]. trigger_id: int64[N], -1 where no trigger. originals: clean pixels of the first rows in
-    ``example_index`` for the picture of clean/poisoned pairs.
+    ``example_index`` for the picture of clean/poisoned pairs. train_loss: the loss of plain training where the attacker
+    owns it (the attack then has ``controls_training = True``). tests_of: triggers that are looked for in a finished
+    model (``natural``); its cases come beside ``tests``.
     """
 
     train: ImageSet
@@ -118,11 +152,11 @@ class PoisonedSet:
     is_cover: Tensor
     true_labels: Tensor
     trigger_id: Tensor
-    tests: tuple[TestCase, ...]
+    tests: tuple[TestCase | StoredCase, ...]
     example_index: Tensor
     originals: Tensor
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
-    train_loss: Callable[..., Tensor] | None = None
+    train_loss: LossFn | None = None
+    tests_of: Callable[[nn.Module], tuple[TestCase, ...]] | None = None
 
 
 class Progress(Protocol):
@@ -160,7 +194,12 @@ class Victim(Protocol):
 
 @dataclass(frozen=True)
 class AttackerView:
-    """All an attack may see. ``train`` is the clean training set (without a reserved holdout)."""
+    """All an attack may see. ``train`` is the clean training set (without a reserved holdout).
+
+    stages: steps that depend on everything the attack is set to. learned: generators and surrogate models, which depend
+    on data, model, recipe and ``attack.seed`` only and are shared by all attacks on them; what else a step depends on
+    must stand in its ``settings``.
+    """
 
     train: ImageSet
     num_classes: int
@@ -168,13 +207,18 @@ class AttackerView:
     train_config: TrainConfig
     generator: torch.Generator  # on the CPU, for the choice of samples and everything random in the trigger
     stages: Stages
+    learned: Stages
     device: torch.device
     progress: Progress
 
 
 @dataclass(frozen=True)
 class DefenderView:
-    """All a defence may see: no test data, no poison mask, no attack name."""
+    """All a defence may see: no test data, no poison mask, no attack name.
+
+    train_loss: the loss of plain training on ``train``, the victim's. A defence that uses it wherever it trains plainly
+    says so with ``honours_train_loss = True``; the others are refused with attacks that own the loss.
+    """
 
     train: ImageSet
     holdout: ImageSet | None
@@ -182,6 +226,7 @@ class DefenderView:
     new_model: Callable[[int], Classifier]
     victim: Victim
     train_config: TrainConfig
+    train_loss: LossFn
     generator: torch.Generator
     stages: Stages
     probe: Probe
@@ -218,6 +263,14 @@ class DefenseResult:
 class Attack(Protocol):
     def check(self, facts: Facts) -> None: ...
     def poison(self, view: AttackerView) -> PoisonedSet: ...
+
+
+class StampingAttack(Attack, Protocol):
+    """An attack whose poison is a stamp on chosen rows: its trigger can be used in others (``multi_*``, ``tact``, ...)."""
+
+    def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
+        """The trigger at training and at test time; trains what has to be learnt."""
+        ...
 
 
 class Defense(Protocol):

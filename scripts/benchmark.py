@@ -149,7 +149,7 @@ def poisoning(hardware: Sequence[str], train: ImageSet) -> Iterator[Measure]:
             view = AttackerView(
                 train=train, num_classes=10, new_model=unused, train_config=parts.train, progress=quiet,
                 generator=torch.Generator().manual_seed(0), device=torch.device("cpu"),
-                stages=Stages(Path(folder), name, quiet, {}, unused),
+                stages=Stages(Path(folder), name, quiet, {}, unused), learned=unused,
             )  # fmt: skip
             with contextlib.suppress(OSError):  # forget the peak so far; the next one is then this attack's
                 Path("/proc/self/clear_refs").write_text("5")

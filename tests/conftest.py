@@ -68,8 +68,9 @@ def hardware() -> Hardware:
 def recipe(hardware: Hardware) -> TrainConfig:
     """Three epochs of SGD in batches of 32, no augmentation."""
     return TrainConfig(
-        epochs=3, batch_size=32, drop_last=False, optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4,
-        nesterov=False, schedule="cosine", schedule_unit="step", milestones=(), gamma=0.1, warmup_epochs=0.0,
+        epochs=3, batch_size=32, drop_last=False, optimizer="sgd", lr=0.05, momentum=0.9,
+        betas=(0.9, 0.999), weight_decay=5e-4, nesterov=False, schedule="cosine",
+        schedule_unit="step", milestones=(), gamma=0.1, warmup_epochs=0.0,
         label_smoothing=0.0, augment=Augmentation(0, False, 0.0, 0), snapshots=2, checkpoint_seconds=0.0,
         hardware=hardware,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from backdoor_bench.triggers.patch import (
     white_cells,
     white_tenth,
 )
-from backdoor_bench.types import AttackerView, Facts, PoisonedSet
+from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,12 @@ class BadNets:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the square on the chosen rows."""
-        height, width = view.train.images.shape[-2:]
-        return poison_static(self, view, self._trigger(height, width))
+        return poison_static(self, view, *self.triggers(view))
+
+    def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
+        """The square, at training and at test."""
+        patch = self._trigger(*view.train.images.shape[-2:])
+        return patch, patch
 
     def _trigger(self, height: int, width: int) -> Patch:
         shorter = min(height, width)

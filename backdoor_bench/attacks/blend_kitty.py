@@ -8,7 +8,7 @@ from backdoor_bench.attacks.common import check_facts, check_settings, poison_st
 from backdoor_bench.errors import check_range
 from backdoor_bench.triggers.blend import Blend
 from backdoor_bench.triggers.pictures import check_asset, picture
-from backdoor_bench.types import AttackerView, Facts, PoisonedSet
+from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,10 @@ class BlendKitty:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the picture on the chosen rows."""
+        return poison_static(self, view, *self.triggers(view))
+
+    def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
+        """The blend, at training and at test."""
         height, width = view.train.images.shape[-2:]
-        return poison_static(self, view, Blend(picture(self.asset, height, width, self.seed), self.alpha))
+        blend = Blend(picture(self.asset, height, width, self.seed), self.alpha)
+        return blend, blend

@@ -8,7 +8,7 @@ from backdoor_bench.attacks.common import check_facts, check_settings, poison_st
 from backdoor_bench.errors import check_choice, check_range
 from backdoor_bench.triggers.blend import Blend, sine, wrapped_stripes
 from backdoor_bench.triggers.patch import LARGE_ABOVE
-from backdoor_bench.types import AttackerView, Facts, PoisonedSet
+from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ class BlendStrip:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with stripes on the chosen rows."""
-        return poison_static(self, view, self._trigger(view.train.images.shape[-1]))
+        return poison_static(self, view, *self.triggers(view))
+
+    def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
+        """The stripes, at training and at test."""
+        blend = self._trigger(view.train.images.shape[-1])
+        return blend, blend
 
     def _trigger(self, width: int) -> Blend:
         wrapped = self.strip_mode == "wrapped" or (self.strip_mode == "auto" and width <= LARGE_ABOVE)

@@ -7,10 +7,10 @@ targets or kinds of cover samples chooses its rows with ``draw`` and hands ``ass
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, floor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,15 +63,15 @@ class Settings(Protocol):
 
 def all2one(target: int) -> LabelRule:
     """Every label becomes ``target``."""
-    return lambda labels: torch.full_like(labels, target)
+    return lambda labels, index=None: torch.full_like(labels, target)
 
 
 def all2all(num_classes: int) -> LabelRule:
     """Label y becomes (y + 1) mod ``num_classes``."""
-    return lambda labels: (labels + 1) % num_classes
+    return lambda labels, index=None: (labels + 1) % num_classes
 
 
-def keep_labels(labels: Tensor) -> Tensor:
+def keep_labels(labels: Tensor, index: Tensor | None = None) -> Tensor:
     """Labels stay: clean-label poisons and cover samples."""
     return labels.clone()
 
@@ -84,7 +84,7 @@ def source2target(source: int, target: int) -> LabelRule:
 def sub2sub(mapping: Mapping[int, int]) -> LabelRule:
     """Label a becomes ``mapping[a]`` where there is one; the others stay."""
 
-    def rule(labels: Tensor) -> Tensor:
+    def rule(labels: Tensor, index: Tensor | None = None) -> Tensor:
         wanted = labels.clone()
         for source, target in mapping.items():
             wanted[labels == source] = target
@@ -193,14 +193,19 @@ def poison_pool(settings: Settings, labels: Tensor) -> Tensor:
     return labels != chosen if settings.poison_pool == "non_target" else only_classes(chosen)(labels)
 
 
-def poison_count(settings: Settings, available: int, total: int, warn: Callable[[str], None]) -> int:
-    """How many rows to poison when ``available`` of ``total`` rows are in the pool, at least 1.
+def poison_count(
+    settings: Settings, available: int, total: int, warn: Callable[[str], None], eligible: int | None = None
+) -> int:
+    """How many rows to poison when ``available`` of ``total`` rows can be had from the pool, at least 1.
+
+    eligible: size of the pool where another trigger has taken some of its rows, default ``available``.
 
     The share of ``attack.poison_base`` (the pool, or the whole set), rounded down, unless ``attack.poison_count`` says
     it. A pool of one class that cannot fill a share of the whole set gives all it has, with a warning (so do
     Trap-and-Replace and MeCa); any other request that is too large is a ConfigError.
     """
-    base = available if settings.poison_base == "eligible" else total
+    eligible = available if eligible is None else eligible
+    base = eligible if settings.poison_base == "eligible" else total
     wanted = settings.poison_count if settings.poison_count is not None else _share(settings.poison_rate, base)
     if wanted == 0 or available == 0:
         raise _nothing_poisoned(settings, base if available else 0)
@@ -231,9 +236,14 @@ def draw(candidates: Tensor, count: int, order: str, generator: torch.Generator)
     return rows[torch.randperm(len(rows), generator=generator)[:count]].sort().values
 
 
-def draw_cover(settings: Settings, candidates: Tensor, generator: torch.Generator) -> Tensor:
-    """int64, ascending: ``attack.cover_rate`` of the whole set (bool ``[N]``), drawn from ``candidates``."""
-    wanted, available = _share(settings.cover_rate, len(candidates)), int(candidates.sum())
+def draw_cover(settings: Settings, candidates: Tensor, generator: torch.Generator, count: int | None = None) -> Tensor:
+    """int64, ascending: ``attack.cover_rate`` of the whole set, or ``count`` rows, of ``candidates`` (bool ``[N]``)."""
+    wanted, available = _share(settings.cover_rate, len(candidates)) if count is None else count, int(candidates.sum())
+    if wanted > available and count is not None:
+        raise ConfigError(
+            f"the attack asks for {wanted} cover images, but only {available} remain; lower attack.poison_rate or the "
+            "share of cover images"
+        )
     if wanted > available:
         raise ConfigError(
             f"attack.cover_rate={settings.cover_rate} asks for {wanted} images, but only {available} remain; "
@@ -271,7 +281,7 @@ def assemble(view: AttackerView, parts: Sequence[Part], tests: tuple[TestCase, .
     labels[index.to(labels.device)] = stored["labels"].to(labels.device)
     count = len(train)
     return PoisonedSet(
-        train=ImageSet(replace_rows(train.images, index, stored["rows"]), labels, train.num_classes),
+        train=replace(train, images=replace_rows(train.images, index, stored["rows"]), labels=labels),
         is_poisoned=_mask(count, poisoned_index),
         is_cover=_mask(count, index[is_cover]),
         true_labels=train.labels,
@@ -302,7 +312,7 @@ def _stamp(train: ImageSet, parts: Sequence[Part]) -> dict[str, Tensor]:
     chunk = max(1, CHUNK_VALUES // rows[:1].numel())
     for number, part in enumerate(parts):
         mine = (owner == number).nonzero().flatten()
-        labels[mine] = part.label_rule(true_labels[mine])
+        labels[mine] = part.label_rule(true_labels[mine], index[mine])
         for some in mine.split(chunk):
             rows[some] = part.trigger(train.images[index[some]], index[some]).cpu()
     return {
@@ -314,31 +324,69 @@ def _stamp(train: ImageSet, parts: Sequence[Part]) -> dict[str, Tensor]:
     }
 
 
-def poison_static(
-    settings: Settings, view: AttackerView, trigger: Trigger, test_trigger: Trigger | None = None
-) -> PoisonedSet:
-    """The poisoned set of an attack with one trigger. test_trigger: where it differs at test time.
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The rows an attack poisons, and those it stamps without changing their label; int64, ascending, disjoint."""
 
-    Poison rows are chosen first, then cover rows from those that remain; both depend on ``view.generator`` alone. Cover
-    rows of a clean-label attack are not of the target class: there they would be poison.
+    poison: Tensor
+    cover: Tensor
+
+
+def choose(
+    settings: Settings,
+    view: AttackerView,
+    *,
+    taken: Tensor | None = None,
+    cover_from: Tensor | None = None,
+    cover_count: Callable[[int], int] | None = None,
+) -> Choice:
+    """Rows as the shared keys say; poison rows first, then cover rows from those that remain.
+
+    The choice depends on ``view.generator`` alone. taken: bool ``[N]``, rows that another trigger has. cover_from: bool
+    ``[N]``, where cover rows may come from, default all rows. cover_count: number of cover rows given that of poison
+    rows, default ``attack.cover_rate`` of the whole set. Cover rows of a clean-label attack are not of the target class:
+    there they would be poison.
     """
     labels = view.train.labels.cpu()
     _check_against(settings, view.num_classes, len(labels))
     if settings.label_rule == "all2all" and settings.target_class is not None:
         view.progress.warn("attack.target_class is ignored: label_rule=all2all wants every class")
+    free = ~taken if taken is not None else torch.ones(len(labels), dtype=torch.bool)
     pool = poison_pool(settings, labels)
-    count = poison_count(settings, int(pool.sum()), len(labels), view.progress.warn)
+    base = int(pool.sum())
+    pool &= free
+    count = poison_count(settings, int(pool.sum()), len(labels), view.progress.warn, base)
     index = draw(pool, count, settings.poison_order, view.generator)
-    remaining = ~_mask(len(labels), index)
+    remaining = free & ~_mask(len(labels), index)
+    if cover_from is not None:
+        remaining &= cover_from
     if settings.label_rule == "clean":
         remaining &= labels != settings.target_class
-    cover = draw_cover(settings, remaining, view.generator)
-    train_rule, test = _rule_and_test(settings, view.num_classes, test_trigger or trigger)
-    parts = (Part(index, trigger, train_rule), Part(cover, trigger, keep_labels, is_cover=True))
+    wanted = cover_count(len(index)) if cover_count is not None else None
+    return Choice(index, draw_cover(settings, remaining, view.generator, wanted))
+
+
+def poison_static(
+    settings: Settings,
+    view: AttackerView,
+    trigger: Trigger,
+    test_trigger: Trigger | None = None,
+    *,
+    cover_trigger: Trigger | None = None,
+    **rows: Any,
+) -> PoisonedSet:
+    """The poisoned set of an attack with one trigger. test_trigger, cover_trigger: where they differ from the one that
+    poison rows get. rows: keywords of ``choose``."""
+    chosen = choose(settings, view, **rows)
+    train_rule, test = rule_and_test(settings, view.num_classes, test_trigger or trigger)
+    parts = (
+        Part(chosen.poison, trigger, train_rule),
+        Part(chosen.cover, cover_trigger or trigger, keep_labels, is_cover=True),
+    )
     return assemble(view, parts, (test,))
 
 
-def _rule_and_test(settings: Settings, num_classes: int, trigger: Trigger) -> tuple[LabelRule, TestCase]:
+def rule_and_test(settings: Settings, num_classes: int, trigger: Trigger) -> tuple[LabelRule, TestCase]:
     """The rule for training labels, and the test set whose images count for the ASR (attacks.md section 4)."""
     if settings.label_rule == "all2all":
         rule = all2all(num_classes)

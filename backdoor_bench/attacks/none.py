@@ -17,6 +17,8 @@ class NoAttack:
 
     seed: int
 
+    poisons = False
+
     def __post_init__(self) -> None:
         check_range("attack.seed", self.seed, 0, MAX_SEED, integer=True)
 

@@ -50,8 +50,11 @@ class Sig:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the sinusoid on the chosen rows."""
+        return poison_static(self, view, *self.triggers(view))
+
+    def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
+        """The sinusoid at training and at test, where it is stronger."""
         if self.mode == "add":
-            train: Trigger = Sinusoid(self.delta_train, self.freq)
-            return poison_static(self, view, train, Sinusoid(self.delta_test, self.freq))
-        stripes = wrapped_stripes(view.train.images.shape[-1], STRIPE_DELTA, STRIPE_OMEGA)
-        return poison_static(self, view, Blend(stripes, STRIPE_ALPHA))
+            return Sinusoid(self.delta_train, self.freq), Sinusoid(self.delta_test, self.freq)
+        blend = Blend(wrapped_stripes(view.train.images.shape[-1], STRIPE_DELTA, STRIPE_OMEGA), STRIPE_ALPHA)
+        return blend, blend

@@ -14,8 +14,9 @@ from backdoor_bench.training.hardware import Hardware
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """optimizer: sgd|adam (L2 in the gradient). schedule: cosine (to 0) | multistep (x gamma at milestones) | constant,
-    evaluated every step or once an epoch (``schedule_unit``), after ``warmup_epochs`` of linear warm-up.
+    """optimizer: sgd|adam (L2 in the gradient; ``betas`` are Adam's). schedule: cosine (to 0) | multistep (x gamma at
+    milestones) | constant, evaluated every step or once an epoch (``schedule_unit``), after ``warmup_epochs`` of linear
+    warm-up.
 
     snapshots: weights after each of the first so many epochs are kept with the trained victim, for defences that look
     at early epochs. checkpoint_seconds: least time between two checkpoints.
@@ -27,6 +28,7 @@ class TrainConfig:
     optimizer: str
     lr: float
     momentum: float
+    betas: Sequence[float]
     weight_decay: float
     nesterov: bool
     schedule: str
@@ -46,6 +48,10 @@ class TrainConfig:
         check_choice("train.optimizer", self.optimizer, ("sgd", "adam"))
         check_range("train.lr", self.lr, 0, 1000, low_open=True)
         check_range("train.momentum", self.momentum, 0, 1, high_open=True)
+        if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
+            raise ConfigError(f"train.betas={self.betas!r} is not allowed: give Adam's two, e.g. [0.9, 0.999]")
+        for beta in self.betas:
+            check_range("train.betas", beta, 0, 1, high_open=True)
         check_range("train.weight_decay", self.weight_decay, 0, 1)
         check_choice("train.schedule", self.schedule, ("cosine", "multistep", "constant"))
         check_choice("train.schedule_unit", self.schedule_unit, ("step", "epoch"))

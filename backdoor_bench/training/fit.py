@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,12 +27,17 @@ from backdoor_bench.types import Images, ImageSet, Progress
 @dataclass(frozen=True)
 class Batch:
     """images: float [B, 3, H, W] in [0, 1], augmented, on the device. labels: int64 [B]. index: int64 [B], rows of the
-    training set. epoch: counted from 0."""
+    training set. epoch: counted from 0. pixels: the images before augmentation. augmented: (float images [K, 3, H, W],
+    int64 [K] places in this batch) -> those images with the crops and flips that these places drew. generator: on the
+    CPU, for what else a loss draws; seeded anew each epoch."""
 
     images: Tensor
     labels: Tensor
     index: Tensor
     epoch: int
+    pixels: Tensor
+    augmented: Callable[[Tensor, Tensor], Tensor]
+    generator: torch.Generator
 
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -61,7 +66,8 @@ def shuffled(rows: Tensor, batch_size: int, drop_last: bool = False) -> Order:
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """SGD or Adam with the recipe's constants."""
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        betas = (config.betas[0], config.betas[1])
+        return torch.optim.Adam(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     return torch.optim.SGD(
         parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
     )
@@ -78,19 +84,20 @@ def fit(
     loss_fn: LossFn | None = None,
     order: Order | None = None,
     trainable: nn.Module | None = None,
+    also: Sequence[tuple[nn.Module, TrainConfig]] = (),
     on_epoch_end: Callable[[int, nn.Module, float], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop_after: int | None = None,
-    augment_extra: Callable[[Tensor, torch.Generator], Tensor] | None = None,
 ) -> None:
     """Trains ``model`` in place and leaves it in eval mode.
 
     data: the training set (labels may be the method's own). generator: CPU generator; its state travels with the
     checkpoints. stage: name shown and written with the curves. loss_fn: scalar loss of a batch, default cross-entropy.
     order: the epoch's batches of row numbers, default a shuffle of all rows. trainable: the submodule that is trained;
-    the rest keeps its weights, gets no gradient and stays in eval mode (its batch norms do not move). on_epoch_end:
-    called with (epoch counted from 1, model in eval mode, mean loss). checkpoints: where to resume from and save to.
-    stop_after: stop after this epoch of the same schedule. augment_extra: applied to the augmented float batch.
+    the rest keeps its weights, gets no gradient and stays in eval mode (its batch norms do not move). also: further
+    submodules that are trained by the same loss, each with the optimiser and learning rates of its own recipe.
+    on_epoch_end: called with (epoch counted from 1, model in eval mode, mean loss). checkpoints: where to resume from
+    and save to. stop_after: stop after this epoch of the same schedule.
 
     Raises Diverged (step and rows of the batch) at the first non-finite loss; Interrupted when asked to stop.
     """
@@ -101,20 +108,26 @@ def fit(
     labels = data.labels.to(device)
     loss_fn = loss_fn or cross_entropy(config.label_smoothing)
     order = order or shuffled(torch.arange(len(data)), config.batch_size, config.drop_last)
-    trained = trainable if trainable is not None else model
+    recipes = [(trainable if trainable is not None else model, config), *also]
+    trained = [part for part, _ in recipes]
     last_epoch = min(stop_after or config.epochs, config.epochs)
 
     def make_batch(part: slice, rows: Tensor, drawn: dict[str, Tensor], epoch: int, extra: torch.Generator) -> Batch:
-        batch = hardware.images(images[rows[part]])
-        batch = config.augment.apply(batch, {name: value[part] for name, value in drawn.items()})
-        if augment_extra is not None:
-            batch = augment_extra(batch, extra)
-        index = rows[part].to(device)
-        return Batch(hardware.format(batch), labels[index], index, epoch)
+        pixels = hardware.images(images[rows[part]])
+        mine = {name: value[part] for name, value in drawn.items()}
 
-    with _only_trainable(model, trained) as parameters, torch.random.fork_rng(devices=_devices(device)):
-        optimizer = make_optimizer(config, parameters)
-        start = _resume(checkpoints, model, optimizer, generator, progress) if checkpoints else 0
+        def augmented(others: Tensor, places: Tensor) -> Tensor:
+            return config.augment.apply(others, {name: value[places] for name, value in mine.items()})
+
+        batch = config.augment.apply(pixels, mine)
+        if data.augment is not None:
+            batch = data.augment(batch, extra)
+        index = rows[part].to(device)
+        return Batch(hardware.format(batch), labels[index], index, epoch, pixels, augmented, extra)
+
+    with _only_trainable(model, trained), torch.random.fork_rng(devices=_devices(device)):
+        optimizers = [make_optimizer(recipe, list(part.parameters())) for part, recipe in recipes]
+        start = _resume(checkpoints, model, optimizers, generator, progress) if checkpoints else 0
         forward = cast(nn.Module, torch.compile(model)) if hardware.compile else model
         with progress.task(stage, total=last_epoch) as advance:
             advance(start)
@@ -140,13 +153,15 @@ def fit(
                     interrupt.raise_if_requested()
                     batch = make_batch(slice(done, done + len(rows_of_batch)), rows, drawn, epoch, extra)
                     done += len(rows_of_batch)
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.lr_at(epoch, step, len(batches))
-                    optimizer.zero_grad(set_to_none=True)
+                    for optimizer, (_, recipe) in zip(optimizers, recipes, strict=True):
+                        for group in optimizer.param_groups:
+                            group["lr"] = recipe.lr_at(epoch, step, len(batches))
+                        optimizer.zero_grad(set_to_none=True)
                     with hardware.autocast():
                         loss = loss_fn(forward, batch)
                     loss.backward()
-                    optimizer.step()
+                    for optimizer in optimizers:
+                        optimizer.step()
                     losses[step] = loss.detach()
                 mean_loss = _finite_mean(losses, batches, epoch, stage)
                 model.eval()
@@ -159,7 +174,7 @@ def fit(
                     with checkpoints.uncounted() if checkpoints else contextlib.nullcontext():
                         on_epoch_end(epoch + 1, model, mean_loss)
                 if checkpoints is not None and epoch + 1 < last_epoch and checkpoints.due():
-                    _save(checkpoints, epoch + 1, model, optimizer, generator)
+                    _save(checkpoints, epoch + 1, model, optimizers, generator)
                 advance(1, loss=f"{mean_loss:.3f}")
     model.eval()
 
@@ -176,23 +191,24 @@ def _devices(device: torch.device) -> list[torch.device]:
 
 
 @contextlib.contextmanager
-def _only_trainable(model: nn.Module, trained: nn.Module) -> Iterator[list[nn.Parameter]]:
+def _only_trainable(model: nn.Module, trained: list[nn.Module]) -> Iterator[None]:
     """Gradients only for ``trained`` inside; as before afterwards."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for parameter in trained.parameters():
-        parameter.requires_grad_(True)
+    for part in trained:
+        part.requires_grad_(True)
     try:
-        yield [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
 
 
-def _set_modes(model: nn.Module, trained: nn.Module) -> None:
+def _set_modes(model: nn.Module, trained: list[nn.Module]) -> None:
     model.eval()
-    trained.train()
+    for part in trained:
+        part.train()
 
 
 def _finite_mean(losses: Tensor, batches: list[Tensor], epoch: int, stage: str) -> float:
@@ -215,20 +231,23 @@ def _save(
     checkpoints: Checkpoints,
     epoch: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
 ) -> None:
     tensors = {f"model/{name}": value.clone() for name, value in model.state_dict().items()}
-    optim_tensors, plain = pack_optimizer(optimizer)
-    tensors |= optim_tensors
+    plain = []
+    for number, optimizer in enumerate(optimizers):
+        packed, values = pack_optimizer(optimizer)
+        tensors |= {f"{number}/{name}": value for name, value in packed.items()}
+        plain.append(values)
     tensors["generator"] = generator.get_state()
-    checkpoints.save(epoch, tensors, {"optimizer": plain})
+    checkpoints.save(epoch, tensors, {"optimizers": plain})
 
 
 def _resume(
     checkpoints: Checkpoints,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
     progress: Progress,
 ) -> int:
@@ -241,7 +260,10 @@ def _resume(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise DataError(f"the checkpoint in {checkpoints.folder} does not fit the model: {error}") from error
-    unpack_optimizer(optimizer, bundle.tensors, bundle.meta["optimizer"])
+    for number, (optimizer, plain) in enumerate(zip(optimizers, bundle.meta["optimizers"], strict=True)):
+        start = f"{number}/optim/"
+        packed = {name[len(start) - 6 :]: value for name, value in bundle.tensors.items() if name.startswith(start)}
+        unpack_optimizer(optimizer, packed, plain)
     generator.set_state(bundle.tensors["generator"])
     epoch = int(bundle.meta["epoch"])
     progress.say(f"resuming after epoch {epoch}")

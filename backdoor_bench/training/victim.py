@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from backdoor_bench.cache import Stages
 from backdoor_bench.models.classifier import Classifier
@@ -33,7 +32,6 @@ class CachedVictim:
         probe: Probe,
         progress: Progress,
         loss_fn: LossFn | None = None,
-        augment_extra: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
         self._train = train
         self._new_model = new_model
@@ -43,7 +41,6 @@ class CachedVictim:
         self._probe = probe
         self._progress = progress
         self._loss_fn = loss_fn
-        self._augment_extra = augment_extra
 
     def __call__(self, snapshots: Sequence[int] | None = None) -> Any:
         """``victim()`` -> model; ``victim(snapshots=[...])`` -> list of models after these epochs (counted from 1)."""
@@ -80,7 +77,6 @@ class CachedVictim:
                     # Resuming after a wanted epoch would jump over it.
                     checkpoints=self._usable(checkpoints, missing),
                     stop_after=max(missing),
-                    augment_extra=self._augment_extra,
                 )
                 checkpoints.clear()
                 bundles |= {epoch: load_bundle(entry / _name(epoch)) for epoch in missing}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -296,8 +297,7 @@ def test_what_the_stage_stores_is_what_is_used(make_attack: Callable[..., Any], 
 
     results = []
     for _ in range(2):
-        view = make_view()
-        view.stages = SimpleNamespace(tensors=tensors)
+        view = replace(make_view(), stages=SimpleNamespace(tensors=tensors))
         results.append(make_attack("badnets", cover_rate=0.01).poison(view))
     assert set(store) == {"poisoned_set"}
     assert set(store["poisoned_set"]) == {"index", "rows", "labels", "is_cover", "trigger_id"}

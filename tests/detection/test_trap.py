@@ -13,6 +13,7 @@ from backdoor_bench.detection import trap
 from backdoor_bench.detection.embedding import Embedding, EmbeddingSettings
 from backdoor_bench.detection.trap import TrapIsolation
 from backdoor_bench.errors import ConfigError
+from backdoor_bench.training.fit import cross_entropy
 from backdoor_bench.types import DefenderView, Facts, ImageSet, Isolation
 
 SETTINGS = EmbeddingSettings(
@@ -86,7 +87,8 @@ def view(recipe, stages, progress):
     train = ImageSet(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), LABELS, 4)
     return DefenderView(
         train=train, holdout=None, num_classes=4, new_model=None, victim=Snapshots(), train_config=recipe,
-        generator=torch.Generator().manual_seed(7), stages=stages, probe=Probe(), device=torch.device("cpu"),
+        train_loss=cross_entropy(), generator=torch.Generator().manual_seed(7), stages=stages,
+        probe=Probe(), device=torch.device("cpu"),
         progress=progress,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from backdoor_bench.removal.mixed_ce import MixedCE, mixed_cross_entropy
 from backdoor_bench.removal.retrain import Retrain
 from backdoor_bench.removal.unlearn_relearn import UnlearnRelearn
 from backdoor_bench.removal.unlearning import Unlearning
+from backdoor_bench.training.fit import cross_entropy
 from backdoor_bench.types import DefenderView, ImageSet, Isolation
 
 CPU = torch.device("cpu")
@@ -58,7 +59,8 @@ def view(blobs, new_model, recipe, stages, rows, progress):
 def make_view(train, new_model, recipe, stages, probe, progress):
     return DefenderView(
         train=train, holdout=None, num_classes=train.num_classes, new_model=new_model, victim=None,
-        train_config=recipe, generator=torch.Generator().manual_seed(5), stages=stages, probe=probe, device=CPU,
+        train_config=recipe, train_loss=cross_entropy(), generator=torch.Generator().manual_seed(5), stages=stages,
+        probe=probe, device=CPU,
         progress=progress,
     )  # fmt: skip
 

@@ -149,3 +149,76 @@ def test_recipe_key_ignores_how_often_it_saves(recipe):
     assert recipe.key() == replace(recipe, snapshots=9, checkpoint_seconds=3.0).key()
     assert recipe.key() != replace(recipe, lr=0.1).key()
     assert isinstance(recipe, TrainConfig)
+
+
+def test_a_second_part_has_its_own_optimiser_and_resumes(blobs, new_model, recipe, progress, tmp_path):
+    from backdoor_bench.storage import Checkpoints
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = new_model(4)
+            self.shift = torch.nn.Linear(1, 1)
+
+        def forward(self, images):
+            return self.classifier(images) * self.shift(images.new_ones(len(images), 1))
+
+    slow = replace(recipe, optimizer="adam", betas=(0.5, 0.9), lr=0.01, schedule="multistep", milestones=(2,))
+    still = replace(slow, lr=1e-9)
+
+    def train(checkpoints=None, second=slow, **options):
+        pair = Pair()
+        with torch.no_grad():
+            pair.shift.weight.fill_(1.0)
+            pair.shift.bias.fill_(0.5)
+        fit(pair, blobs, recipe, generator=torch.Generator().manual_seed(0), stage="pair", progress=progress,
+            trainable=pair.classifier, also=[(pair.shift, second)], checkpoints=checkpoints, **options)  # fmt: skip
+        return pair
+
+    whole = train()
+    # Adam moves by about its learning rate a step: 4 steps an epoch at 0.01, 0.01 and 0.001.
+    assert 0.02 < abs(whole.shift.bias.item() - 0.5) < 0.09
+    assert train(second=still).shift.bias.item() == pytest.approx(0.5, abs=1e-6)
+    assert not torch.equal(whole.classifier.head.weight, new_model(4).head.weight)
+    checkpoints = Checkpoints(tmp_path / "pair", "key")
+
+    def stop(epoch, model, loss):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoints, on_epoch_end=stop)
+    resumed = train(Checkpoints(tmp_path / "pair", "key"))
+    assert any("resuming" in said for said in progress.said)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_the_data_bring_their_own_transform(blobs, new_model, recipe, progress):
+    seen = []
+
+    def double(images, generator):
+        assert isinstance(generator, torch.Generator)
+        return images / 2
+
+    def loss_fn(model, batch):
+        seen.append((batch.images, batch.pixels))
+        return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
+
+    fit(new_model(4), replace(blobs, augment=double), recipe, generator=torch.Generator(), stage="x",
+        progress=progress, loss_fn=loss_fn, stop_after=1)  # fmt: skip
+    assert all(torch.equal(images, pixels / 2) for images, pixels in seen)
+
+
+def test_other_images_get_the_crops_and_flips_of_their_places(blobs, new_model, recipe, progress):
+    from backdoor_bench.data.augment import Augmentation
+
+    def loss_fn(model, batch):
+        places = torch.tensor([3, 0, 5])
+        assert torch.equal(batch.augmented(batch.pixels[places], places), batch.images[places])
+        assert not torch.equal(batch.pixels, batch.images)
+        return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
+
+    recipe = replace(recipe, augment=Augmentation(2, True, 5.0, 4))
+    fit(new_model(4), blobs, recipe, generator=torch.Generator(), stage="x", progress=progress, loss_fn=loss_fn,
+        stop_after=1)  # fmt: skip
