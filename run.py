@@ -29,6 +29,7 @@ def job(plan: Plan) -> Path:
 def experiment(plan: Plan, folder: RunFolder) -> Path:
     """The experiment itself, with its evidence written to ``folder``."""
     from backdoor_bench import assemble
+    from backdoor_bench.detection.oracle import informed
     from backdoor_bench.reporting.run import Report
     from backdoor_bench.training.interrupt import raise_if_requested
 
@@ -45,7 +46,8 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
         raise_if_requested()
 
         view = assemble.defender_view(run, poisoned, holdout, report.recorder(evaluator))
-        result = assemble.checked(plan.defense.defend(view), len(view.train))
+        defense = informed(plan.defense, evaluator.truth.is_poisoned, evaluator.truth.is_cover)
+        result = assemble.checked(defense.defend(view), len(view.train))
         raise_if_requested()
 
         metrics = evaluator.model_metrics(result.model, final=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from backdoor_bench.inference import predict
 from backdoor_bench.training.hardware import Hardware
-from backdoor_bench.types import Images, ImageSet, StoredCase, TestCase
+from backdoor_bench.types import Figure, Images, ImageSet, StoredCase, TestCase
 
 
 def detection_metrics(
@@ -173,8 +173,8 @@ class Evaluator:
 class Recorder:
     """types.Probe: evaluates what a method shows and keeps the rows (one a stage and epoch).
 
-    on_row: called with every new row (tracking). on_map: called with (epoch, detail, row) where a method shows a map
-    of its samples (pictures).
+    on_row: called with every new row (tracking). on_map: called with (epoch, detail) where a method shows a map of its
+    samples, on_figure with each of the other figures it shows.
     """
 
     def __init__(
@@ -182,10 +182,12 @@ class Recorder:
         evaluator: Evaluator,
         on_row: Callable[[Mapping[str, Any]], None],
         on_map: Callable[[int, Mapping[str, Any]], None],
+        on_figure: Callable[[Figure], None] = lambda figure: None,
     ) -> None:
         self._evaluator = evaluator
         self._on_row = on_row
         self._on_map = on_map
+        self._on_figure = on_figure
         self._rows: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._listener: Callable[[Mapping[str, Any]], None] | None = None
 
@@ -209,7 +211,10 @@ class Recorder:
             row |= {name: metrics[name] for name in ("precision", "recall")} | {"n_flagged": int(flagged.sum())}
         if detail is not None and "points" in detail:
             self._on_map(epoch, detail)
-        self.record(row)
+        for figure in (detail or {}).get("figures", ()):
+            self._on_figure(figure)
+        if len(row) > 2:
+            self.record(row)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Keep a row; the newest of a stage and epoch counts, one known already is not told again."""

@@ -171,7 +171,9 @@ class Probe(Protocol):
     """Records the metrics of a model (and of a flagged set) at this point of a method; returns nothing, so that nothing
     can be chosen by it. ``stage`` names the curve, ``epoch`` its x value, ``detail`` holds what else belongs to the
     point: numbers for the curve (``loss``), or a map for a picture (``points`` float[N, 2], ``clusters`` int64[N],
-    ``flagged`` bool[N], ``report`` plain values: ``epoch``, ``eps``, ``suspicious`` ids, ``table``, ``map``)."""
+    ``flagged`` bool[N], ``report`` plain values: ``epoch``, ``eps``, ``suspicious`` ids, ``table``, ``map``), or
+    ``figures``, a sequence of ``Figure``. What a cached step shows is shown again when it is found in the cache: call
+    the probe for figures outside of the step, from what the step has stored."""
 
     def __call__(
         self,
@@ -182,6 +184,58 @@ class Probe(Protocol):
         epoch: int,
         detail: Mapping[str, Any] | None = None,
     ) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreHistogram:
+    """Scores of all training samples, float[N]; drawn apart for clean and poisoned ones where the truth is known."""
+
+    name: str  # of the file, and unique in a run; the same for every figure below
+    title: str
+    scores: Tensor
+    label: str  # of the score axis
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRows:
+    """Rows of images below each other: name of the row -> float [K, 3, H, W] in [0, 1], the same K for all."""
+
+    name: str
+    title: str
+    rows: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SplitGrid:
+    """One split of the training set for each pair of ``names``; drawn as a map of their clean and poison precision."""
+
+    name: str
+    title: str
+    names: tuple[str, ...]
+    splits: Mapping[tuple[str, str], Isolation]
+    axes: tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureScatter:
+    """``features``: float images [B, 3, H, W] -> [B, D]; drawn as the first two principal components of clean images of
+    two classes and of triggered ones, all from the test set."""
+
+    name: str
+    title: str
+    features: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class LossLandscape:
+    """Loss of ``model`` around one clean and one poisoned training image, where the truth is known."""
+
+    name: str
+    title: str
+    model: nn.Module
+
+
+Figure = ScoreHistogram | ImageRows | SplitGrid | FeatureScatter | LossLandscape
 
 
 class Victim(Protocol):

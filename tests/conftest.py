@@ -132,7 +132,8 @@ def bench(tmp_path: Path) -> Callable[..., Outcome]:
 
     def call(*args: str, toy: bool = True) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
-        trap = not any(word.startswith(("defense=no_defense", "defense=no_defense,")) for word in args)
+        trap = not any(word.startswith(("defense=", "defense/isolation=", "defense.isolation=")) for word in args)
+        trap |= "defense=trap" in args
         argv = [*(TOY if toy else ()), *(TOY_TRAP if toy and trap else ()), f"output_root={tmp_path}/outputs", *args]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run_module.main(argv)

@@ -41,7 +41,7 @@ def public_values(value, depth=0, seen=None):
 @pytest.fixture
 def prepared(bench, monkeypatch):
     """The view and the truth of a real toy run, caught where the defence would start."""
-    import backdoor_bench.defenses.trap as trap
+    import backdoor_bench.defenses.isolate_and_remove as isolate_and_remove
 
     caught = {}
 
@@ -49,7 +49,7 @@ def prepared(bench, monkeypatch):
         caught["view"] = view
         raise RuntimeError("caught")
 
-    monkeypatch.setattr(trap.TRAP, "defend", defend)
+    monkeypatch.setattr(isolate_and_remove.IsolateAndRemove, "defend", defend)
     import backdoor_bench.reporting.run as report
 
     original = report.Report.recorder
@@ -96,7 +96,7 @@ def test_nothing_that_was_recorded_can_be_read_back(prepared):
 def test_result_does_not_change_when_truth_and_test_set_are_replaced(prepared, monkeypatch):
     """TRAP for real, twice from an empty cache, with two evaluators that disagree about everything."""
     from backdoor_bench.cache import Stages
-    from backdoor_bench.defenses.trap import TRAP
+    from backdoor_bench.defenses.isolate_and_remove import IsolateAndRemove
     from backdoor_bench.detection.trap import TrapIsolation
     from backdoor_bench.progress import QuietProgress
     from backdoor_bench.removal.hiding import Hiding
@@ -123,7 +123,7 @@ def test_result_does_not_change_when_truth_and_test_set_are_replaced(prepared, m
             lambda: torch.Generator().manual_seed(3), stages, recorder, progress,
         )  # fmt: skip
         fresh = replace(view, victim=victim, stages=stages, probe=recorder, progress=progress)
-        results.append(TRAP(isolation, removal).defend(fresh))
+        results.append(IsolateAndRemove(isolation, removal).defend(fresh))
     one, two = results
     assert torch.equal(one.flagged, two.flagged)
     assert torch.equal(one.score, two.score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,7 @@ from backdoor_bench.evaluate import Evaluator, Recorder, Truth, detection_metric
 from backdoor_bench.plan import Plan
 from backdoor_bench.progress import RichProgress
 from backdoor_bench.results import RunFolder, environment, flagged_rows, save_model, write_table
-from backdoor_bench.types import Dataset, DefenseResult, PoisonedSet
+from backdoor_bench.types import Dataset, DefenseResult, Figure, PoisonedSet
 
 FLAGGED_SHOWN = 64
 CURVE_COLUMNS = (
@@ -85,7 +85,7 @@ class Report:
     def recorder(self, evaluator: Evaluator) -> Recorder:
         """The probe of this run."""
         self._evaluator = evaluator
-        self._recorder = Recorder(evaluator, self._tracker_row, self._on_map)
+        self._recorder = Recorder(evaluator, self._tracker_row, self._on_map, self._on_figure)
         return self._recorder
 
     def _tracker_row(self, row: Mapping[str, Any]) -> None:
@@ -123,6 +123,15 @@ class Report:
             title=f"features after epoch {epoch}, {self._embedding}",
         )
         self._tracker.image(f"map epoch {epoch:03d}", path)
+
+    def _on_figure(self, figure: Figure) -> None:
+        from backdoor_bench.reporting import method_figures
+
+        path = method_figures.draw(
+            figure, self._figure(figure.name), self._evaluator, self._poisoned.train, self._dataset.class_names
+        )
+        if path is not None:
+            self._tracker.image(figure.name.replace("_", " "), path)
 
     def _figure(self, name: str) -> Path:
         return self.folder.path / "figures" / f"{name}.png"
@@ -194,6 +203,7 @@ class Report:
             "seed": plan.seed,
             "variant": plan.variant,
             "metrics": {**metrics, "asr_floor": floor},
+            "oracle": oracle_row(self._recorder.history()),
             "undefended": dict(undefended) if undefended is not None else None,
             "poison": {
                 "n_train": len(labels),
@@ -210,6 +220,17 @@ class Report:
         path = self.folder.write_result(record)
         print_summary(self.progress, record, undefended)
         return path
+
+
+def oracle_row(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row of the last curve with the best ACC - ASR; None without one.
+
+    Some papers report this epoch (``select: oracle``). It is chosen on test data, so it stands beside ``metrics``, never
+    in their place, and no model of it is saved.
+    """
+    rows = [row for row in history if row.get("acc") is not None and row.get("asr") is not None]
+    last = [row for row in rows if row["stage"] == rows[-1]["stage"]]
+    return max(last, key=lambda row: row["acc"] - row["asr"]) if last else None
 
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from backdoor_bench.data.augment import Augmentation
-from backdoor_bench.defenses.trap import TRAP
+from backdoor_bench.defenses.isolate_and_remove import IsolateAndRemove
 from backdoor_bench.detection import trap
 from backdoor_bench.detection.embedding import Embedding, EmbeddingSettings
 from backdoor_bench.detection.trap import TrapIsolation
@@ -460,7 +460,7 @@ def test_trap_hands_the_split_and_the_trained_model_to_its_removal(view):
             assert split is isolation
             return repaired
 
-    result = TRAP(Isolate(), Remove()).defend(view)
+    result = IsolateAndRemove(Isolate(), Remove()).defend(view)
     assert result.model is repaired
     assert result.flagged is isolation.flagged
     assert result.trusted is isolation.trusted
@@ -475,5 +475,5 @@ def test_trap_asks_both_parts_what_they_refuse():
         def check(self, given):
             asked.append(given)
 
-    TRAP(Part(), Part()).check(facts)
+    IsolateAndRemove(Part(), Part()).check(facts)
     assert asked == [facts, facts]
