@@ -40,7 +40,9 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
         run = assemble.prepare_run(plan, dataset, report.progress, report.seconds)
         poisoned = plan.attack.poison(assemble.attacker_view(run, dataset))
         poisoned = assemble.with_holdout(plan, poisoned, holdout)
-        dataset = replace(dataset, train=poisoned.train)  # one copy of the data from here on
+        # One copy of the data from here on; an imported set's rows are not those that the file names belong to.
+        names = None if getattr(plan.attack, "own_rows", False) else dataset.file_names
+        dataset = replace(dataset, train=poisoned.train, file_names=names)
         evaluator = assemble.evaluator_for(run, dataset, poisoned)
         report.poisoned(dataset, poisoned, evaluator.truth)
         raise_if_requested()

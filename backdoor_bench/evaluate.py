@@ -5,8 +5,9 @@ It alone holds the test set and the truth. Methods reach it only through ``probe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +100,9 @@ class Evaluator:
     def stamped(self) -> list[Stamped]:
         """The triggered test sets of all test cases."""
         if self._stamped is None:
-            self._stamped = [self._stamp(case) for case in self.tests] if self.test is not None else []
+            # Stored test sets need no clean one.
+            usable = [case for case in self.tests if self.test is not None or isinstance(case, StoredCase)]
+            self._stamped = [self._stamp(case) for case in usable]
         return self._stamped
 
     def _stamp(self, case: TestCase | StoredCase) -> Stamped:
@@ -121,10 +124,20 @@ class Evaluator:
         """
         names = ("acc", "acc_nontarget", "asr", "target_class_acc", "dummy_clean", "dummy_triggered", "acc_per_class")
         result: dict[str, Any] = dict.fromkeys((*names, "asr_per_trigger"))
-        if self.test is None:
-            return result
-        labels = self.test.labels
-        predictions = predict(model, self.test.images, self.hardware)
+        if self.test is not None:
+            result |= self._clean(model, self.test)
+        stamped: Iterable[Stamped] = self.stamped()
+        if final and self._tests_of is not None and self.test is not None:
+            # One at a time: there may be as many as classes times sizes.
+            stamped = chain(stamped, (self._stamp(case) for case in self._tests_of(model)))
+        result |= self._triggered(model, stamped)
+        return result
+
+    def _clean(self, model: nn.Module, test: ImageSet) -> dict[str, Any]:
+        """What ``model`` makes of the clean test set."""
+        result: dict[str, Any] = {}
+        labels = test.labels
+        predictions = predict(model, test.images, self.hardware)
         right = predictions == labels
         result["acc"] = right.double().mean().item()
         result["dummy_clean"] = (predictions == self.num_classes).double().mean().item()
@@ -138,13 +151,9 @@ class Evaluator:
             result["target_class_acc"] = per_class[target]
             others = labels != target
             result["acc_nontarget"] = right[others].double().mean().item() if others.any() else None
-        stamped = list(self.stamped())
-        if final and self._tests_of is not None:
-            stamped += [self._stamp(case) for case in self._tests_of(model)]
-        result |= self._triggered(model, stamped)
         return result
 
-    def _triggered(self, model: nn.Module, stamped: list[Stamped]) -> dict[str, Any]:
+    def _triggered(self, model: nn.Module, stamped: Iterable[Stamped]) -> dict[str, Any]:
         """What ``model`` makes of the triggered test sets; nothing where there are none."""
         by_trigger: dict[str, float] = {}
         best: dict[str, tuple[float, float]] = {}  # group -> (success, share sent to the dummy class)

@@ -143,7 +143,8 @@ def _files(dataset: Any, attack: Any, values: Any) -> dict[str, str]:
     for key, value in _leaves("attack", values):
         path = Path(value).expanduser() if isinstance(value, str) and value else None
         if path is not None and path.is_file():
-            found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                found[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoor_bench.attacks.common import check_facts, check_settings, poison_static
-from backdoor_bench.attacks.multi import Component, _built, _named
+from backdoor_bench.attacks.nested import Component, built, named
 from backdoor_bench.errors import check_range
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.training.fit import Batch, LossFn, resident
@@ -47,12 +47,12 @@ class LossAdaptive:
     def __post_init__(self) -> None:
         check_settings(self)
         check_range("attack.alpha", self.alpha, 0, float("inf"), high_open=True)
-        object.__setattr__(self, NESTED, _built(NESTED, self.trigger))
+        object.__setattr__(self, NESTED, built(NESTED, self.trigger))
 
     def check(self, facts: Facts) -> None:
         """Raise ConfigError if the classes, the rate or the trigger cannot fit."""
         check_facts(self, facts)
-        with _named(NESTED):
+        with named(NESTED):
             # Its rate is not used, so the size of the set cannot make it wrong.
             self._nested().check(replace(facts, train_size=None))
 
@@ -69,7 +69,7 @@ class LossAdaptive:
 
     def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
         """The nested attack's triggers at training and at test."""
-        with _named(NESTED):
+        with named(NESTED):
             return self._nested().triggers(view)
 
     def _nested(self) -> StampingAttack:

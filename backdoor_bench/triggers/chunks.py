@@ -13,4 +13,7 @@ CHUNK_VALUES = 2**19
 def in_chunks(stamp: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """``stamp(images)`` for a ``stamp`` that treats each image by itself; images: uint8 ``[B, 3, H, W]``."""
     size = max(1, CHUNK_VALUES // max(1, images[0:1].numel()))
-    return torch.cat([stamp(some) for some in images.split(size)])
+    stamped = torch.empty_like(images)  # filled in place: small results between large temporaries would fragment memory
+    for start in range(0, len(images), size):
+        stamped[start : start + size] = stamp(images[start : start + size])
+    return stamped
