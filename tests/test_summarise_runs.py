@@ -2,12 +2,15 @@
 
 import json
 
+import yaml
+
 from scripts.summarise_runs import main
 
 RESULT = {
-    "dataset": "d", "model": "m", "attack": "a", "defense": "trap", "variant": "default", "seed": 0,
+    "dataset": "d", "model": "m", "attack": "badnets", "defense": "trap", "variant": "default", "seed": 0,
     "metrics": {"acc": 0.7, "asr": 0.001, "target_class_acc": None, "precision": 0.5, "recall": 1.0},
-    "undefended": {"acc": 0.72, "asr": 0.99}, "poison": {"n_poisoned": 2, "n_flagged": 4},
+    "undefended": {"acc": 0.72, "asr": 0.99},
+    "poison": {"n_train": 20, "n_poisoned": 2, "n_cover": 0, "n_flagged": 4},
     "seconds": {"total": 3.0, "train": 2.0}, "diagnostics": {"maps": []},
     "environment": {"device": "cpu", "threads": 1, "precision": "fp32", "embedding": None, "torch": "2", "git": None},
 }  # fmt: skip
@@ -17,6 +20,8 @@ def test_table_of_a_stored_result(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(RESULT))
+    attack = {"poison_rate": 0.05, "seed": 3, "pattern": "grid3"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"attack": attack, "train": {"epochs": 7}}))
     columns = "stage,epoch,acc,asr,precision,recall,n_flagged"
     rows = ["train,3,0.5,1.0,,,", "detection,3,,,0.5,1.0,4", "isolation,3,,,0.25,1.0,8"]
     (folder / "metrics.csv").write_text("\n".join([columns, *rows]) + "\n")
@@ -24,7 +29,7 @@ def test_table_of_a_stored_result(tmp_path, capsys):
     (tmp_path / "torn" / "result.json").write_text('{"da')
     assert main([str(tmp_path), "--epochs", "--csv", str(tmp_path / "x.csv")]) == 0
     told = capsys.readouterr()
-    assert "| d | a | trap | 0 | 72.00 / 99.00 | 70.00 | 0.10 | - | 50.00 | 100.00 | 4 |" in told.out
+    assert "| d | badnets | trap | 0 | 72.00 / 99.00 | 70.00 | 0.10 | - | 50.00 | 100.00 | 4 |" in told.out
     assert "| 3 | 50.00 / 100.00 | 4 | 50.00 | 100.00 | 25.00 | 100.00 |" in told.out
     assert "torn" in told.err
     assert (tmp_path / "x.csv").read_text().startswith("dataset,model,attack,defense,variant,seed,undefended_acc")
@@ -33,3 +38,16 @@ def test_table_of_a_stored_result(tmp_path, capsys):
 def test_nothing_finished(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
+
+
+def test_undefended_attacks_stand_beside_the_printed_values(tmp_path, capsys):
+    metrics = RESULT["metrics"] | {"asr_floor": 0.02}
+    (tmp_path / "result.json").write_text(
+        json.dumps(RESULT | {"dataset": "cifar10", "defense": "no_defense", "metrics": metrics})
+    )
+    attack = {"poison_rate": 0.05, "seed": 3, "pattern": "grid3"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"attack": attack, "train": {"epochs": 7}}))
+    assert main([str(tmp_path), "--attacks"]) == 0
+    told = capsys.readouterr().out
+    assert "| badnets | poison_rate=0.05, 7 epochs | 2, 0 of 20 | 70.00 | 0.10 | 2.00 | EBD 91.64 / 100.00;" in told
+    assert "TRAP 94.8 / 100.0 |" in told
