@@ -1,7 +1,9 @@
 """D-BR's repair: in each round one pass of ascent on the flagged samples, then one of descent on the clean ones.
 
-One optimiser serves both passes (EBD Algorithm 4, Eqs. 4, 5; SCLBD/Effective_backdoor_defense:unlearn_relearn.py). That
-code keeps the round with the best test ACC - ASR; here the last round counts.
+One new optimiser serves both passes, the model is in train mode, and augmentation is drawn anew in each (EBD Algorithm 4,
+Eqs. 4, 5; SCLBD/Effective_backdoor_defense:unlearn_relearn.py). That code keeps the round with the best test ACC - ASR;
+here the last round counts. It also augments CIFAR-100 by the crop alone in these rounds, where ``augment`` means the
+victim's own augmentation.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class UnlearnRelearn:
         """Nothing to refuse: works on any data."""
 
     def remove(self, view: DefenderView, model: Classifier, isolation: Isolation) -> nn.Module:
-        """A repaired copy of the model; the model itself if there is nothing to unlearn or to relearn."""
+        """A repaired copy of the model; the model itself if a pass of the rounds has no sample."""
         poisoned, clean = flagged_rows(isolation), clean_rows(isolation)
-        if not len(poisoned) or not len(clean):
-            which = "nothing is flagged" if not len(poisoned) else "no sample is trusted"
+        nothing_to_unlearn = self.rounds != "relearn" and not len(poisoned)
+        nothing_to_relearn = self.rounds != "unlearn" and not len(clean)
+        if nothing_to_unlearn or nothing_to_relearn:
+            which = "nothing is flagged" if nothing_to_unlearn else "no sample is trusted"
             view.progress.warn(f"{which}: unlearning and relearning are skipped and the victim is returned as it is")
             return model
         values = asdict(self)

@@ -18,6 +18,7 @@ from backdoor_bench.models.small_cnn import SmallCNN
 from backdoor_bench.progress import QuietProgress
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.types import Attack, AttackerView, ImageSet
+from scripts.attack_gallery import build, changed
 
 CONF = Path(__file__).parents[2] / "conf" / "attack"
 
@@ -26,6 +27,9 @@ CONF = Path(__file__).parents[2] / "conf" / "attack"
 def make_attack() -> Callable[..., Attack]:
     def make(id_: str, **changes: Any) -> Attack:
         node = yaml.safe_load((CONF / f"{id_}.yaml").read_text())
+        if "defaults" in node:  # composed of others, which only Hydra puts together; changes may be dotted keys
+            nested: Attack = build(changed(id_, changes))
+            return nested
         module, name = node["_target_"].rsplit(".", 1)
         keys = {key: value for key, value in node.items() if not key.startswith("_")} | {"seed": 0} | changes
         built: Attack = getattr(importlib.import_module(module), name)(**keys)

@@ -400,6 +400,17 @@ def test_no_trusted_sample_returns_the_victim(view, isolation, victim, progress)
     assert "no sample is trusted" in progress.warnings[0]
 
 
+@pytest.mark.parametrize("rounds", ["unlearn", "relearn"])
+def test_a_pass_alone_needs_its_own_samples_only(logged, isolation, victim, progress, rounds):
+    none = torch.zeros(128, dtype=torch.bool)
+    given = Isolation(isolation.flagged, none) if rounds == "unlearn" else Isolation(none)
+    repaired = replace(REMOVALS["unlearn_relearn"], rounds=rounds).remove(logged, victim, given)
+    assert not same(state(repaired), state(victim))
+    wanted = isolation.flagged if rounds == "unlearn" else ~none
+    assert logged.train.images.visited == set(wanted.nonzero().flatten().tolist())
+    assert progress.warnings == []
+
+
 # ------------------------------------------------------------------ mixed cross-entropy
 
 
