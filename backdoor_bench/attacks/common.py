@@ -319,8 +319,8 @@ def _stamp(train: ImageSet, parts: Sequence[Part]) -> dict[str, Tensor]:
         "index": index,
         "rows": rows,
         "labels": labels,
-        "is_cover": torch.tensor([part.is_cover for part in parts])[owner],
-        "trigger_id": torch.tensor([part.trigger_id for part in parts])[owner],
+        "is_cover": torch.tensor([part.is_cover for part in parts], dtype=torch.bool)[owner],
+        "trigger_id": torch.tensor([part.trigger_id for part in parts], dtype=torch.int64)[owner],
     }
 
 
