@@ -105,7 +105,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     if getattr(attack, "controls_training", False) and not getattr(defense, "honours_train_loss", False):
         raise ConfigError(
             f"attack={choices['attack']} owns the training loss, which defense={choices['defense']} cannot honour; "
-            "choose the attack's static form or a defence that trains plainly (no_defense, trap)"
+            "choose the attack's static form or a defence that trains plainly (no_defense, trap, tr)"
         )
 
     resolved = OmegaConf.to_container(config, resolve=True)
