@@ -17,6 +17,8 @@ from backdoor_bench.inference import predict
 from backdoor_bench.training.hardware import Hardware
 from backdoor_bench.types import Figure, Images, ImageSet, StoredCase, TestCase
 
+STAMPED_VALUES = 2**24  # pixel values stamped at a time: a float64 trigger then needs 128 MiB at any image size
+
 
 def detection_metrics(
     flagged: Tensor | None,
@@ -110,7 +112,8 @@ class Evaluator:
             return Stamped(case, case.test.images, case.test.labels)
         assert self.test is not None
         rows = case.pool(self.test.labels).nonzero().flatten()
-        parts = [case.trigger(self.test.images[part], part) for part in rows.split(4096)]
+        chunk = max(1, STAMPED_VALUES // self.test.images.shape[1:].numel())
+        parts = [case.trigger(self.test.images[part], part) for part in rows.split(chunk)]
         images = torch.cat(parts) if parts else self.test.images[rows]
         return Stamped(case, images, case.label_rule(self.test.labels[rows], rows))
 

@@ -68,7 +68,7 @@ def export(plan: Plan, out: Path, form: str) -> Path:
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_stale(out)
         temporary.mkdir(parents=True)
         if form == "npz":
             poisoned_files.write_npz(temporary, poisoned, tests)
@@ -219,6 +219,18 @@ def open_part(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in PRIVATE and not key.startswith("_")
     }
+
+
+def remove_stale(out: Path) -> None:
+    """Delete what killed exports to ``out`` left beside it (that of living processes stays)."""
+    for folder in out.parent.glob(".*.tmp"):
+        name, _, owner = folder.stem.rpartition(".")
+        if (
+            name == f".{out.name}"
+            and owner.isdigit()
+            and (owner == str(os.getpid()) or not Path(f"/proc/{owner}").exists())
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:

@@ -16,8 +16,9 @@ from backdoor_bench.attacks.common import (
     rule_and_test,
 )
 from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
-from backdoor_bench.triggers.logos import QUARTERS, check_logo, logo
+from backdoor_bench.triggers.logos import QUARTERS, check_logo, logo, reach
 from backdoor_bench.triggers.overlay import Overlay
+from backdoor_bench.triggers.patch import check_room
 from backdoor_bench.types import AttackerView, Facts, PoisonedSet
 
 # The patches of the training images, and those that may be stamped at test.
@@ -75,8 +76,9 @@ class AdapPatch:
     def check(self, facts: Facts) -> None:
         """Raise ConfigError if the classes, the rates or the patches cannot fit."""
         check_facts(self, facts)
-        for name in (*TRAIN_PATCHES[self.set], *self.test_set):
-            check_logo("attack.set", name, facts.image_size)
+        check_room(f"attack.set={self.set}", max(map(reach, TRAIN_PATCHES[self.set])), facts.image_size)
+        for name in self.test_set:
+            check_logo("attack.test_set", name, facts.image_size)
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with a quarter of the poison and cover rows under each patch."""

@@ -42,8 +42,8 @@ from backdoor_bench.triggers.generators import (
 )
 from backdoor_bench.types import AttackerView, Facts, LabelRule, PoisonedSet, Trigger
 
-BETAS = (0.5, 0.999)  # Adam's, IAB code
-CHECKED = 512  # training images on which the finished generators are tried
+BETAS = (0.5, 0.9)  # Adam's, IAB code
+CHECKED = 512  # at most so many training images on which the finished generators are tried
 
 # When the learning rates fall, as shares of a training: mask generator, classifier, pattern generator (IAB code: epochs
 # 10 and 20 of 25; 100 to 400, and 200 to 500, of 575).
@@ -85,6 +85,8 @@ class Iab:
     gen_stages: int
     gen_size: int
     gen_limit: int | None
+
+    made_for_target = True  # another target class is another trigger
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -199,7 +201,7 @@ class Iab:
         built = {
             name: value
             for name, value in asdict(self).items()
-            if name.startswith(("gen_", "mask_", "lambda_")) and name != "gen_epochs"
+            if name == "seed" or (name.startswith(("gen_", "mask_", "lambda_")) and name != "gen_epochs")
         }
         rule = rule_and_test(self, view.num_classes, nets)[1].label_rule
         aim = {name: getattr(self, name) for name in ("label_rule", "target_class", "source_class")}
@@ -300,9 +302,14 @@ def _paired(rows: Tensor, size: int, lent: int) -> Order:
 
 
 def _tried(view: AttackerView, nets: PatternAndMask, classifier: nn.Module, rule: LabelRule) -> dict[str, float]:
-    """Shares of the first training images: own trigger followed, borrowed one ignored, pixels that show the trigger."""
-    index = torch.arange(min(CHECKED, len(view.train)))
-    labels = view.train.labels.cpu()[index]
+    """Shares of training images, of those whose label is to change: own trigger followed, borrowed one ignored, pixels
+    that show the trigger."""
+    labels, rows = view.train.labels.cpu(), torch.arange(len(view.train))
+    moved = (rule(labels, rows) != labels).nonzero().flatten()
+    rows = moved if len(moved) else rows
+    count = min(CHECKED, len(rows))
+    index = rows[torch.arange(count) * len(rows) // count]  # evenly: rows may be sorted by class
+    labels = labels[index]
     wanted = rule(labels, index)
 
     def compute(images: Tensor) -> Tensor:
@@ -312,7 +319,7 @@ def _tried(view: AttackerView, nets: PatternAndMask, classifier: nn.Module, rule
     joint = nn.ModuleList([nets, classifier])
     own, borrowed, pixels = forward_all(joint, view.train.images[index], view.train_config.hardware, compute).T
     return {
-        "own": float((own == wanted)[wanted != labels].float().mean()),
+        "own": float((own == wanted).float().mean()),
         "borrowed": float((borrowed == labels).float().mean()),
         "pixels": float(pixels.mean()),
     }

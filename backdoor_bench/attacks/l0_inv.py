@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from backdoor_bench.attacks.common import check_facts, check_settings, poison_static
 from backdoor_bench.errors import check_flag
 from backdoor_bench.triggers.additive import colour_cells
-from backdoor_bench.triggers.patch import corner_patch
+from backdoor_bench.triggers.patch import check_room, corner_patch
 from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
 
 BLACK, RED, BLUE, WHITE = (0, 0, 0), (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -36,8 +36,9 @@ class L0Inv:
         check_flag("attack.scale_patch", self.scale_patch)
 
     def check(self, facts: Facts) -> None:
-        """Raise ConfigError if the classes or the rate cannot fit."""
+        """Raise ConfigError if the classes, the rate or the nine cells cannot fit."""
         check_facts(self, facts)
+        check_room("the row of l0_inv", len(COLOURS), facts.image_size)
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the nine cells on the chosen rows."""

@@ -69,6 +69,8 @@ class LatentBackdoor:
     mse_weight: float
     mean_momentum: float
 
+    made_for_target = True  # another target class is another trigger
+
     def __post_init__(self) -> None:
         # No all2all: the patch is made for one class.
         check_settings(self, rules=("all2one", "source2target", "clean"))
@@ -182,8 +184,8 @@ class LatentBackdoor:
 
     def _distance(self, view: AttackerView, targets: Tensor) -> LossFn:
         """Mean squared distance of stamped images' features from the mean of images of the target class."""
+        depth = cut(view.new_model(view.num_classes), self.layer)  # refuses what cannot be cut before it is trained
         model = surrogate(view).requires_grad_(False)
-        depth = cut(model, self.layer)
         hardware = view.train_config.hardware
         rows = targets[
             torch.randperm(len(targets), generator=generator(self.seed, "lba targets"))[: self.target_images]

@@ -68,6 +68,11 @@ class Multi:
                 f"attack.assignment='random' is not allowed: it needs one trigger, but attack.first and attack.second "
                 f"differ in {', '.join(differing)}; make them equal or set attack.assignment=each"
             )
+        if getattr(first, "made_for_target", False):
+            raise ConfigError(
+                f"attack.assignment='random' is not allowed with {type(first).__name__}: it needs one trigger, and this "
+                "attack makes another one for every target class; set attack.assignment=each"
+            )
         for name, part in zip(PARTS, (first, second), strict=True):
             if part.label_rule not in TARGETED_RULES:
                 raise ConfigError(

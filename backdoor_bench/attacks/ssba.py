@@ -30,7 +30,7 @@ from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
 SMALL_SIDE, SMALL_BITS, LARGE_BITS = 64, 20, 100  # bits=null: BackdoorBox's 20 at 32 px, ISSBA's 100
 READABLE = 0.9  # share of bits from which the residual is held down; BackdoorBench
 EPOCH_STEPS = 100  # at most so many steps between two checkpoints, with a new random choice of images
-CHECKED = 512  # training images on which the finished encoder is tried
+CHECKED = 512  # at most so many training images on which the finished encoder is tried
 LEAST_ACCURACY, MOST_RESIDUAL, LEAST_PSNR = 0.98, 4.0, 30.0  # what a good encoder reaches (attacks.md A18)
 
 
@@ -105,7 +105,7 @@ class Ssba:
         view.train_config.hardware.place(nets)
         settings = {
             name: value for name, value in asdict(self).items() if name.startswith(("enc_", "mse_", "ramp_"))
-        } | {"bits": bits, "side": side}
+        } | {"bits": bits, "side": side, "seed": self.seed}
         view.learned.fitted("ssba_encoder", nets, self._train(view, nets), settings)
         nets.requires_grad_(False).eval()
         trigger = HiddenBits(nets, bits_of(self.secret, bits), view.device)
@@ -162,7 +162,8 @@ class Ssba:
 @torch.no_grad()
 def _tried(view: AttackerView, trigger: HiddenBits) -> dict[str, float]:
     """How well the string is read from the stored uint8 images, and how large the residual is, in units of 1/255."""
-    images = view.train.images[torch.arange(min(CHECKED, len(view.train)))].to(view.device)
+    total, count = len(view.train), min(CHECKED, len(view.train))
+    images = view.train.images[torch.arange(count) * total // count].to(view.device)  # evenly: of all classes
     stamped = trigger(images)
     difference = stamped.float() - images.float()
     wanted = trigger.bits.to(view.device) > 0.5

@@ -14,10 +14,10 @@ from backdoor_bench.attacks.common import check_facts, check_settings, poison_st
 from backdoor_bench.errors import check_choice, check_flag
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.triggers.additive import ABL_TROJAN, ADDITIONS, Add, add_patch, colour_cells
-from backdoor_bench.triggers.patch import corner_patch
+from backdoor_bench.triggers.patch import check_room, corner_patch
 from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
 
-SIDE_RANDOM = 8
+SIDES = {"abl3": 3, "random8": 8}
 MARGINS = {"abl3": 4, "random8": 3}  # cells between patch and the bottom right edges: rows 25..27, or 21..28
 
 
@@ -50,8 +50,9 @@ class Trojan:
         check_flag("attack.scale_patch", self.scale_patch)
 
     def check(self, facts: Facts) -> None:
-        """Raise ConfigError if the classes or the rate cannot fit."""
+        """Raise ConfigError if the classes, the rate or the patch cannot fit."""
         check_facts(self, facts)
+        check_room(f"attack.variant={self.variant}", SIDES[self.variant] + MARGINS[self.variant], facts.image_size)
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the patch on the chosen rows."""
@@ -66,7 +67,7 @@ class Trojan:
         if self.variant == "abl3":
             cells = colour_cells(ABL_TROJAN)
         else:
-            shape = (3, SIDE_RANDOM, SIDE_RANDOM)
+            shape = (3, SIDES[self.variant], SIDES[self.variant])
             cells = torch.randint(0, 256, shape, generator=generator(self.seed, "trojan patch"), dtype=torch.uint8)
         margin = MARGINS[self.variant]
         return add_patch(corner_patch(cells, height, width, margin=margin, scale=self.scale_patch), self.add)

@@ -19,17 +19,18 @@ One vocabulary for both forms, array of the NPZ <-> column of the table:
 ``case_leave_out``    optional, 1 = leave out images whose true label is the wanted one; ``leave_out``
 ====================  =================================================================================================
 
-A file ``SHA256SUMS`` beside them (``<hash>  <path>`` a line) is verified where there is one.
+Other arrays and columns are not read. A file ``SHA256SUMS`` beside them (``<hash>  <path>`` a line) is verified where
+there is one.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import os
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backdoor_bench.data.archives import MAX_RATIO
 from backdoor_bench.data.checks import validate
 from backdoor_bench.data.decode import printable, read_image, stamp
 from backdoor_bench.errors import DataError
@@ -64,7 +66,8 @@ COLUMNS = {
 }
 TEXTS = ("test_case", "case_names", "case_group")  # columns of names; all others are integers
 MAX_PIXELS = 4096**2  # of one image file: the largest dataset.image_size
-CHUNK = 4096
+SMALL = 2**26  # bytes that an NPZ may hold unpacked however well it is packed
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,12 @@ def read(path: Path, image_size: int, num_classes: int, progress: Progress | Non
 def count_rows(path: Path) -> int:
     """The number of training rows, without reading their images."""
     path = _found(path)
-    return len(_table(path / "train.csv")) if path.is_dir() else len(_load(path, ("train_labels",))["train_labels"])
+    if path.is_dir():
+        return len(_table(path / "train.csv"))
+    labels = load_arrays(path, ("train_labels",)).get("train_labels")
+    if labels is None or labels.ndim != 1:
+        raise DataError(f"{path} has no train_labels, one integer an image")
+    return len(labels)
 
 
 def fingerprint(path: Path) -> str:
@@ -133,7 +141,7 @@ class _Raw:
 
 def _found(path: Path) -> Path:
     """The NPZ file or the folder of tables behind ``path``."""
-    if path.is_dir() and (path / NPZ).exists():
+    if path.is_dir() and (path / NPZ).is_file():  # reading a named pipe would wait for ever
         return path / NPZ
     if path.is_dir() and not (path / "train.csv").is_file():
         raise DataError(f"{path} holds neither {NPZ} nor train.csv; check attack.path")
@@ -155,7 +163,8 @@ def _verify(path: Path) -> None:
     for number, line in enumerate(lines, 1):
         expected, gap, name = line[:64].lower(), line[64:66], line[66:]
         target = folder / name
-        if gap not in ("  ", " *") or set(expected) - set("0123456789abcdef") or ".." in Path(name).parts:
+        outside = ".." in Path(name).parts or Path(name).is_absolute()
+        if gap not in ("  ", " *") or set(expected) - set("0123456789abcdef") or outside:
             raise DataError(f"{sums}, line {number}: not of the form '<SHA-256>  <path>'")
         if not path.is_dir() and name != path.name:
             continue  # another file's
@@ -174,7 +183,8 @@ def _sha256(path: Path) -> str:
 
 
 def _read_npz(path: Path) -> _Raw:
-    arrays = _load(path)
+    parts = ("train_images", "test_images")
+    arrays = load_arrays(path, (*parts, *COLUMNS))
     images = {}
     for part in ("train", "test"):
         array = arrays.pop(f"{part}_images", None)
@@ -183,19 +193,46 @@ def _read_npz(path: Path) -> _Raw:
     return _Raw(path, arrays, images)
 
 
-def _load(path: Path, wanted: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an NPZ (those ``wanted`` only)."""
+def load_arrays(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an NPZ (of those ``wanted`` the ones it has), none of objects, so that nothing is unpickled.
+
+    DataError when it is damaged, or when its headings declare more than it holds or than an archive of its size can
+    (then before anything is unpacked).
+    """
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} is a single array, not an NPZ of named ones (the names: poisoned_files.py)")
-        with archive:
-            missing = set(wanted or ()) - set(archive.files)
-            if missing:
-                raise DataError(f"{path} has no {min(missing)}")
-            return {name: archive[name] for name in (wanted or archive.files)}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        with path.open("rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise DataError(f"{path} is a single array, not an NPZ of named ones (the names: poisoned_files.py)")
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if wanted is not None:
+                members = {name: info for name, info in members.items() if name in wanted}
+            limit = max(SMALL, int(MAX_RATIO * path.stat().st_size))
+            if sum(info.file_size for info in members.values()) > limit:
+                raise DataError(f"{path}: its arrays pass {limit} bytes unpacked; it is not read (a zip bomb?)")
+            return {name: _member(archive, info) for name, info in members.items()}
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # damaged archives and headings raise almost anything
         raise DataError(f"{path} cannot be read as an NPZ of plain arrays: {error}; export it again") from error
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """One array; ValueError unless it has the size its heading says, which numpy would believe and allocate."""
+    read = np.lib.format
+    with archive.open(info) as file:
+        headings = {(1, 0): read.read_array_header_1_0, (2, 0): read.read_array_header_2_0}
+        heading = headings.get(read.read_magic(file))
+        if heading is None:  # the third version is for records with names beyond ASCII
+            raise ValueError(f"{info.filename} has an unknown version")
+        shape, _, dtype = heading(file)
+        if dtype.hasobject:
+            raise ValueError(f"{info.filename} holds Python objects")
+        if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError(f"{info.filename} does not have the size that it declares")
+    with archive.open(info) as file:
+        found: np.ndarray = read.read_array(file, allow_pickle=False)
+        return found
 
 
 def _channels_first(array: np.ndarray, where: str) -> Tensor:
@@ -230,6 +267,8 @@ def _read_folder(folder: Path, size: int, progress: Progress | None) -> _Raw:
 
 def _table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a heading; every row has every column."""
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise DataError(f"{path} is a link out of the data folder; copy the file into it")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -314,13 +353,13 @@ def _cases(raw: _Raw, image_size: int, num_classes: int) -> tuple[StoredCase, ..
         return ()
     images, wanted = raw.images["test"], _whole(raw, "test_wanted")
     _fit(ImageSet(images, wanted, num_classes), image_size, f"{raw.file('test')} (test)", every_class=False)
-    names = [str(name) for name in raw.arrays.get("case_names", np.array(["imported"]))]
+    names = _texts(raw, "case_names") or ["imported"]
     if len(set(names)) != len(names) or not all(names):
         raise DataError(f"{raw.file('cases')}: the names of the cases must differ and not be empty, they are {names}")
     owner = _whole(raw, "test_case", default=torch.zeros(len(wanted), dtype=torch.int64))
     wrong = (owner < 0) | (owner >= len(names))
     _refuse(raw, "test", wrong, f"test_case must lie in 0..{len(names) - 1}, there are {len(names)} case_names")
-    groups = [str(group) or None for group in raw.arrays.get("case_group", np.array([""] * len(names)))]
+    groups = _texts(raw, "case_group", len(names)) or [""] * len(names)
     counts = _flags(raw, "case_counts", len(names), default=True)
     leave_out = _flags(raw, "case_leave_out", len(names), default=False)
     kept = torch.ones(len(wanted), dtype=torch.bool)
@@ -331,7 +370,7 @@ def _cases(raw: _Raw, image_size: int, num_classes: int) -> tuple[StoredCase, ..
         mine = (kept & (owner == number)).nonzero().flatten()
         targets = wanted[mine].unique().tolist()
         test = ImageSet(images[mine], wanted[mine], num_classes)
-        cases.append(StoredCase(name, test, targets[0] if len(targets) == 1 else None, counted, group))
+        cases.append(StoredCase(name, test, targets[0] if len(targets) == 1 else None, counted, group or None))
     return tuple(cases)
 
 
@@ -367,6 +406,17 @@ def _flags(raw: _Raw, name: str, count: int, default: bool | None = None) -> Ten
     if values.shape != (count,) or values.dtype.kind not in "iub" or not np.isin(values, (0, 1)).all():
         raise DataError(f"{file}: {raw.name(name)} must be {count} values 0 or 1")
     return torch.from_numpy(values.astype(bool))
+
+
+def _texts(raw: _Raw, name: str, count: int | None = None) -> list[str]:
+    """Texts, ``count`` of them where it is given; empty when there are none."""
+    values = raw.arrays.get(name, np.array([], dtype=str))
+    if values.dtype.kind != "U" or values.ndim != 1 or (count is not None and len(values) not in (0, count)):
+        expected = "texts in a row" if count is None else f"{count} texts"
+        raise DataError(
+            f"{raw.file(COLUMNS[name][0])}: {raw.name(name)} is {values.dtype} {values.shape}, expected {expected}"
+        )
+    return [printable(text) for text in values.tolist()]
 
 
 def _refuse(raw: _Raw, part: str, wrong: Tensor, reason: str) -> None:

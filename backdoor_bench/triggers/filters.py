@@ -70,7 +70,8 @@ def _kelvin(images: Tensor) -> Tensor:
 
 def _gotham(images: Tensor) -> Tensor:
     """Lightness x 1.2 and saturation x 0.1, 20 % of a dark blue, gamma 0.9, sigmoidal contrast 3 twice."""
-    red, green, blue = images.float().div_(255).unbind(1)
+    # Not divided: a GPU divides by a number as it multiplies by its reciprocal, a CPU does not.
+    red, green, blue = images.float().mul_(1 / 255).unbind(1)
     lightness = (torch.maximum(torch.maximum(red, green), blue) + torch.minimum(torch.minimum(red, green), blue)) / 2
     lighter = (1.2 * lightness).clamp_(max=1)
     # At fixed hue a colour's distance from its lightness is its saturation times 1 - |2 L - 1|.

@@ -1,6 +1,6 @@
 """Small colourful patches of known attacks by name, at any image size.
 
-Two are exact (``phoenix``, ``checker``, and the plain ``white3``); two stand for files that cannot be shipped and keep
+Three are exact (``phoenix``, ``checker`` and the plain ``white3``); two stand for files that cannot be shipped and keep
 what is known of them: ``firefox`` its silhouette and the mean colour of each quarter, ``trojan8`` its place and mean.
 """
 
@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from backdoor_bench.errors import ConfigError
-from backdoor_bench.triggers.patch import GRID, Patch, corner_patch, grey_cells, grid_size, white_cells
+from backdoor_bench.triggers.patch import Patch, check_room, corner_patch, grey_cells, grid_size, white_cells
 from backdoor_bench.triggers.rows import uniform_of_rows
 
 QUARTERS = ("firefox_tl", "firefox_tr", "firefox_bl", "firefox_br")
@@ -93,11 +92,7 @@ def reach(name: str) -> int:
 
 def check_logo(key: str, name: str, image_size: int) -> None:
     """Raise ConfigError, naming ``key``, if images of ``image_size`` pixels are too small for the patch ``name``."""
-    if reach(name) > min(image_size, GRID):
-        raise ConfigError(
-            f"{key}={name} needs images of at least {reach(name)} pixels, but these have {image_size}; "
-            "set dataset.image_size higher or choose another patch"
-        )
+    check_room(f"{key}={name}", reach(name), image_size)
 
 
 def _trojan_cells() -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoor_bench.errors import check_choice
+from backdoor_bench.errors import ConfigError, check_choice
 
 GRID = 32  # the papers give their patches for images of 32 pixels
 LARGE_ABOVE = 64  # a paper's own form for large images is used above this size; below it the 32-pixel form grows
@@ -46,6 +46,16 @@ def grid_size(length: int, scale: bool) -> int:
     Images smaller than 32 pixels keep cells of one pixel: a shrunken checker would lose its pattern.
     """
     return min(length, GRID) if scale else length
+
+
+def check_room(what: str, cells: int, image_size: int) -> None:
+    """Raise ConfigError if images of ``image_size`` pixels are too small for ``what`` (a key with its value, or another
+    name of a patch), which takes ``cells`` cells along a side of the image, its margin included."""
+    if cells > min(image_size, GRID):
+        raise ConfigError(
+            f"{what} needs images of at least {cells} pixels, but these have {image_size}; "
+            "set dataset.image_size higher or choose another patch"
+        )
 
 
 def corner_patch(

@@ -207,6 +207,23 @@ def test_values_that_are_refused(id_: str, changes: dict[str, Any], message: str
         make_attack(id_, **changes)
 
 
+@pytest.mark.parametrize(
+    ("id_", "changes", "size", "message"),
+    [
+        ("trojan", {"variant": "random8"}, 10, r"attack\.variant=random8 needs images of at least 11 .*have 10"),
+        ("trojan_sq", {"variant": "random8", "scale_patch": False}, 8, r"attack\.variant=random8 .* at least 11"),
+        ("l0_inv", {}, 8, r"the row of l0_inv needs images of at least 9 pixels, but these have 8"),
+    ],
+)
+def test_patches_that_do_not_fit_are_refused(
+    id_: str, changes: dict[str, Any], size: int, message: str, make_attack: Make
+) -> None:
+    attack = make_attack(id_, **changes)
+    attack.check(Facts(10, 11, 400, epochs=1, steps_per_epoch=1))
+    with pytest.raises(ConfigError, match=message):
+        attack.check(Facts(10, size, 400, epochs=1, steps_per_epoch=1))
+
+
 @pytest.mark.parametrize("id_", MINE)
 def test_classes_are_checked(id_: str, make_attack: Make) -> None:
     with pytest.raises(ConfigError, match=r"attack\.target_class=10 .*<= 9"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,9 @@ def test_training_trigger_does_not_depend_on_the_batch(
     trigger, _ = make_attack("cl").triggers(view)
     rows = torch.arange(0, 40, 4)
     whole = trigger(view.train.images[rows], rows)
-    monkeypatch.setattr("backdoor_bench.attacks.cl.BATCH_VALUES", 3 * 16 * 16 * 3)
+    some = rows[[7, 2, 5]]
+    assert torch.equal(trigger(view.train.images[some], some), whole[[7, 2, 5]])
+    monkeypatch.setattr("backdoor_bench.attacks.cl.VALUES_CPU", 3 * 16 * 16 * 3)
     pieces = trigger(view.train.images[rows.flip(0)], rows.flip(0)).flip(0)
     # A gradient of about zero may change its sign with the size of a batch: float32 sums.
     assert float((whole != pieces).float().mean()) < 0.01
@@ -335,9 +338,16 @@ def test_unusable_published_sets(
     whole = tmp_path / "cut.npz"
     np.savez_compressed(whole, good)
     whole.write_bytes(whole.read_bytes()[:-40])
+    np.savez_compressed(tmp_path / "bomb.npz", np.zeros((90_000, 16, 16, 3), dtype=np.uint8))
+    heading = b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((,  "
+    (tmp_path / "heading.npy").write_bytes(heading)
+    with zipfile.ZipFile(tmp_path / "heading.npz", "w") as archive:
+        archive.writestr("arr_0.npy", heading)
+    with zipfile.ZipFile(tmp_path / "text_inside.npz", "w") as archive:
+        archive.writestr("arr_0", b"no array")
     view = make_view(size=16)
     files = [path for path in tmp_path.iterdir() if path.is_file()]
-    assert len(files) == 9
+    assert len(files) == 13
     for path in files:
         with pytest.raises(DataError, match=rf"{path.name}.*attack\.perturbed"):
             make_attack("cl", perturbed=str(path)).poison(view)

@@ -129,6 +129,11 @@ def test_patches_that_do_not_fit_are_refused(id_: str, make_attack: Callable[...
         attack.check(Facts(10, 12, 50_000, 1, 1))
 
 
+def test_adap_patch_names_the_key_of_the_patch_that_does_not_fit(make_attack: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^attack\.set=firefox4 needs"):
+        make_attack("adap_patch").check(Facts(10, 12, 50_000, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("id_", "changes", "message"),
     [

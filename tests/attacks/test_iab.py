@@ -185,6 +185,22 @@ def test_generators_are_shared_by_poison_rates_but_not_by_targets(iab: Callable[
     assert made() == ["iab_check", "iab_check", "iab_masks", "iab_patterns", "iab_patterns"]
 
 
+def test_generators_of_two_seeds_in_one_run(iab: Callable[..., Any], view: Any) -> None:
+    """As parts of a multi-trigger attack with seeds of their own."""
+    one, other = (iab(seed=seed).triggers(view)[0](pictures(4)) for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_rows_sorted_by_class_can_be_tried(wanted: int, iab: Callable[..., Any], make_view: Callable[..., Any]) -> None:
+    view = make_view(torch.arange(1200) // 600, size=16, classes=2)  # as the files of an image tree are
+    said: list[str] = []
+    view.progress.say = said.append
+    iab(mask_epochs=1, gen_epochs=1, gen_limit=40, target_class=wanted).triggers(view)
+    assert "follows a trigger in" in said[-1]
+    assert "nan" not in said[-1]
+
+
 def test_interrupted_training_resumes(
     iab: Callable[..., Any], make_view: Callable[..., Any], view: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +255,28 @@ def test_loss_of_the_patterns_by_hand(iab: Callable[..., Any], view: Any, nets: 
     wanted = torch.cat([torch.zeros(4, dtype=torch.int64), batch.labels[4:20]])
     unlike = diversity(own, lenders, nets.patterns(own), nets.patterns(lenders))
     assert float(loss) == pytest.approx(float(nn.functional.cross_entropy(model.logits, wanted) + 0.5 * unlike))
+
+
+def test_recipes_of_the_original(iab: Callable[..., Any], view: Any, nets: PatternAndMask) -> None:
+    attack, model, given = iab(mask_epochs=25, gen_epochs=575), view.new_model(10), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "backdoor_bench.attacks.iab.fit", lambda net, data, *recipe, **rest: given.append((recipe[0], rest))
+        )
+        attack._train_masks(view, nets)(None)
+        attack._train_patterns(view, nets, model, nets, all2one(0))(None)
+    (masks, _), (classifier, rest) = given
+    ((trained, patterns),) = rest["also"]
+    assert trained is nets.pattern
+    for recipe in (masks, patterns):
+        assert (recipe.optimizer, recipe.lr, recipe.betas, recipe.weight_decay) == ("adam", 0.01, (0.5, 0.9), 0.0)
+    kept = classifier.optimizer, classifier.lr, classifier.momentum, classifier.weight_decay, classifier.nesterov
+    assert kept == ("sgd", 0.01, 0.9, 5e-4, False)
+    assert [recipe.epochs for recipe in (masks, classifier, patterns)] == [25, 575, 575]
+    assert masks.milestones == [10, 20]
+    assert classifier.milestones == [100, 200, 300, 400]
+    assert patterns.milestones == [200, 300, 400, 500]
+    assert all(recipe.gamma == 0.1 and recipe.label_smoothing == 0 for recipe in (masks, classifier, patterns))
 
 
 # --- online ---

@@ -55,11 +55,17 @@ def test_every_network_can_be_cut(path: Any) -> None:
     assert cut(model, 14) is None
 
 
-def test_a_network_without_inner_layers_is_refused() -> None:
+def test_a_network_without_inner_layers_is_refused(
+    make_attack: Callable[..., Any], make_view: Callable[..., Any]
+) -> None:
     model = SmallCNN(widths=[8], normalise="none").build(4, 16, **BLACK_AND_WHITE)
+    view = replace(make_view(torch.arange(40) % 4, size=16, classes=4), new_model=lambda _: model)
     for layer in (12, 10):
         with pytest.raises(ConfigError, match=rf"attack\.layer={layer} .*attack\.layer=14"):
             cut(model, layer)
+        with pytest.raises(ConfigError, match=rf"attack\.layer={layer} "):
+            make_attack(f"lba_{layer}").triggers(view)
+    assert not list(view.learned._root.iterdir())  # before anything is trained
 
 
 # ---------------------------------------------------------------- the patch

@@ -14,12 +14,17 @@ from hydra.utils import instantiate
 
 from backdoor_bench.errors import BenchError, ConfigError
 from backdoor_bench.types import Facts
+from scripts.attack_gallery import QUICK
 from tests.conftest import CONF
 
 CIFAR10 = torch.arange(50_000) % 10
 IDS = (
     "multi_1trig_2target", "multi_1trig_sub2sub", "multi_2trig_1target", "multi_2trig_2target", "multi_2trig_all2all",
 )  # fmt: skip
+SINGLE = [
+    path.stem for path in sorted((CONF / "attack").glob("*.yaml"))
+    if path.stem not in (*IDS, "none", "natural", "import", "loss_adaptive")
+]  # fmt: skip
 TEST_LABELS = torch.arange(10_000) % 10
 ROWS = torch.arange(10_000)
 
@@ -232,6 +237,25 @@ def test_what_cannot_work_is_told_with_its_key(words: list[str], message: str) -
 def test_random_targets_need_one_trigger_and_two_targets(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         attack("attack=multi_1trig_2target", *words)
+
+
+@pytest.mark.parametrize("part", ["iab", "lba_14"])
+def test_random_targets_need_a_trigger_that_serves_both(part: str) -> None:
+    words = [f"attack@attack.{name}={part}" for name in ("first", "second")]
+    with pytest.raises(ConfigError, match=r"attack\.assignment='random' .*for every target class"):
+        attack("attack=multi_1trig_2target", *words)
+    attack("attack=multi_2trig_2target", *words)
+
+
+@pytest.mark.parametrize("id_", [id_ for id_ in SINGLE if id_ not in ("physical", "badnets_all2all")])
+def test_a_trigger_that_another_target_changes_says_so(
+    id_: str, make_attack: Callable[..., Any], make_view: Callable[..., Any]
+) -> None:
+    view = make_view(torch.arange(40) % 4, size=32, classes=4)
+    keys = {"cover_classes": [3]} if id_ == "tact" else {}
+    parts = [make_attack(id_, target_class=target, **QUICK.get(id_, {}), **keys) for target in (1, 2)]
+    stamped = [part.triggers(view)[1](view.train.images, torch.arange(40)) for part in parts]
+    assert torch.equal(*stamped) != getattr(parts[0], "made_for_target", False)
 
 
 def test_what_the_data_rule_out_is_told_with_its_key(make_view: Callable[..., Any]) -> None:

@@ -117,8 +117,10 @@ def test_the_model_stays_as_it_is(view: Any) -> None:
 def test_searches_beside_each_other_are_as_good_as_one_by_one(
     view: Any, make_view: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(natural, "VALUES_CPU", 2**22)
     together = cases_of(view, WeakSpot(4), epochs=5)
-    monkeypatch.setattr(natural, "VALUES_AT_ONCE", 1)
+    assert len(view.progress.tasks) == 1
+    monkeypatch.setattr(natural, "VALUES_CPU", 1)
     alone = cases_of(make_view(torch.arange(80) % 4, size=SIZE, classes=4), WeakSpot(4), epochs=5)
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.trigger.mask, other.trigger.mask)

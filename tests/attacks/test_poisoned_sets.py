@@ -14,9 +14,21 @@ import pytest
 import torch
 import yaml
 
-from backdoor_bench.attacks.common import Part, all2one, assemble, keep_labels, only_classes, source2target, sub2sub
+from backdoor_bench import evaluate
+from backdoor_bench.attacks.common import (
+    Part,
+    all2one,
+    any_class,
+    assemble,
+    keep_labels,
+    only_classes,
+    source2target,
+    sub2sub,
+)
 from backdoor_bench.data.images import MappedImages
+from backdoor_bench.evaluate import Evaluator, Truth
 from backdoor_bench.triggers.patch import corner_patch, white_cells
+from backdoor_bench.types import ImageSet, TestCase
 
 CONF = Path(__file__).parents[2] / "conf" / "attack"
 MINE = ("badnets", "badnets_white", "badnets_grid", "badnets_all2all", "blend_strip", "blend_kitty", "sig")
@@ -355,3 +367,18 @@ def test_strip_mode_auto_changes_above_64_pixels(
     assert row(32, "auto")[:6] == [160, 162, 163, 162, 211, 208]  # (4 * 200 + s) // 5
     assert row(64, "auto") == row(64, "wrapped") != row(64, "sine")
     assert row(160, "auto") == row(160, "sine") != row(160, "wrapped")
+
+
+def test_large_test_images_are_stamped_a_few_at_a_time(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def trigger(images: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        sizes.append(len(images))
+        return 255 - images
+
+    test = ImageSet(torch.arange(10 * 3 * 16 * 16).remainder(256).to(torch.uint8).view(10, 3, 16, 16), CIFAR10[:10], 10)
+    monkeypatch.setattr(evaluate, "STAMPED_VALUES", 4 * 3 * 16 * 16 + 1)
+    case = TestCase("inverted", trigger, all2one(0), any_class, 0)
+    (stamped,) = Evaluator(test, (case,), Truth(None, None), 10, recipe.hardware).stamped()
+    assert sizes == [4, 4, 2]
+    assert torch.equal(stamped.images, 255 - test.images)

@@ -116,6 +116,25 @@ def test_same_seed_same_set_and_one_encoder_for_all_rates(ssba: Callable[..., An
     assert sorted(name for name in made if name.startswith("ssba")) == ["ssba_check", "ssba_check", "ssba_encoder"]
 
 
+def test_encoders_of_two_seeds_in_one_run(ssba: Callable[..., Any], view: Any) -> None:
+    """As parts of a multi-trigger attack with seeds of their own."""
+    one, other = (ssba(seed=seed).triggers(view)[0](pictures(4)) for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_encoder_is_tried_on_all_classes(ssba: Callable[..., Any], view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backdoor_bench.attacks.ssba.CHECKED", 5)
+    seen: list[torch.Tensor] = []
+
+    def stamp(self: HiddenBits, images: torch.Tensor, index: Any = None) -> torch.Tensor:
+        seen.append(images)
+        return images
+
+    monkeypatch.setattr(HiddenBits, "__call__", stamp)
+    ssba().triggers(view)
+    assert torch.equal(seen[0], view.train.images[::10])  # of 50 rows, which may be sorted by class
+
+
 def test_interrupted_training_resumes(
     ssba: Callable[..., Any], make_view: Callable[..., Any], view: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

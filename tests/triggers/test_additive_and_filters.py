@@ -239,6 +239,19 @@ def test_gotham_by_hand() -> None:
     assert got == [by_hand((r, g, b)) for r, g, b in expected]
 
 
+def test_gotham_does_not_divide_by_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    close_calls = [(98, 242, 231), (103, 237, 231), (109, 112, 231), (109, 135, 231)]  # the last bit decides
+    images = torch.tensor(close_calls, dtype=torch.uint8).T.reshape(1, 3, 1, 4)
+    expected = ColourFilter("gotham")(images)
+    divide = Tensor.div_
+
+    def as_a_gpu_does(tensor: Tensor, by: Tensor | float) -> Tensor:
+        return divide(tensor, by) if isinstance(by, Tensor) else tensor.mul_(1 / by)
+
+    monkeypatch.setattr(Tensor, "div_", as_a_gpu_does)
+    assert torch.equal(ColourFilter("gotham")(images), expected)
+
+
 def test_resized_patterns() -> None:
     cells = torch.tensor([0, 100], dtype=torch.uint8).view(1, 1, 2).expand(3, 2, 2)
     assert resized(cells, 4, 4)[0, 0].tolist() == [0, 25, 75, 100]

@@ -27,7 +27,7 @@ def test_white_cat_looks_like_the_original(size: int) -> None:
 def test_pink_cat_is_bright_and_warm() -> None:
     red, green, blue = picture("kitty_pink", 32, 32, seed=0).double().mean((1, 2)).tolist()
     assert 170 < (red + green + blue) / 3 < 205
-    assert red > green > blue
+    assert max(abs(red - 199), abs(green - 175), abs(blue - 149)) < 5  # those of the toolbox's file
 
 
 def test_edges_cover_the_whole_frame() -> None:
