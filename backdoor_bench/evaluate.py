@@ -30,11 +30,11 @@ def detection_metrics(
     """How well the flagged samples match the poisoned ones, as fractions or None.
 
     flagged, is_poisoned, is_cover, trusted: bool[N]; score: float[N], higher = more suspicious. Cover samples count as
-    not poisoned (``precision_with_cover`` counts them as poisoned). precision is None when nothing is flagged, recall
-    None when nothing is poisoned; all are None where the truth is unknown.
+    not poisoned (``precision_with_cover`` counts them as poisoned, ``cover_flagged`` is their flagged share). precision
+    is None when nothing is flagged, recall None when nothing is poisoned; all are None where the truth is unknown.
     """
-    names = ("precision", "recall", "fpr", "auroc", "precision_with_cover", "poison_precision", "clean_precision")
-    result: dict[str, float | None] = dict.fromkeys(names)
+    names = ("precision", "recall", "f1", "fpr", "auroc", "poison_precision", "clean_precision")
+    result: dict[str, float | None] = dict.fromkeys((*names, "precision_with_cover", "cover_flagged"))
     if is_poisoned is None:
         return result
     cover = is_cover if is_cover is not None else torch.zeros_like(is_poisoned)
@@ -47,6 +47,10 @@ def detection_metrics(
             result["precision_with_cover"] = int((flagged & (is_poisoned | cover)).sum()) / n_flagged
         if is_poisoned.any():
             result["recall"] = hits / int(is_poisoned.sum())
+            if n_flagged:
+                result["f1"] = 2 * hits / (n_flagged + int(is_poisoned.sum()))
+        if cover.any():
+            result["cover_flagged"] = int((flagged & cover).sum()) / int(cover.sum())
         if clean.any():
             result["fpr"] = int((flagged & clean).sum()) / int(clean.sum())
         picked_clean = trusted if trusted is not None else ~flagged
@@ -120,7 +124,8 @@ class Evaluator:
     def model_metrics(self, model: nn.Module, final: bool = False) -> dict[str, Any]:
         """ACC, ASR and their relatives as fractions (None where there is no test set, trigger or target).
 
-        acc: share of all clean test images classified right. acc_nontarget: the same without the target class.
+        acc: share of all clean test images classified right. acc_nontarget: the same without the target class (None where
+        there is not one target).
         target_class_acc: on the target class alone. asr: share of the triggered images that get the attacker's label,
         the mean over the test cases that count. dummy_clean/dummy_triggered: share sent to TRAP's extra class. final:
         the model is finished, so that triggers are looked for in it where the attack does so (which takes long).

@@ -98,7 +98,9 @@ def test_detection_counted_by_hand():
     assert metrics["precision"] == metrics["poison_precision"] == pytest.approx(2 / 4)
     assert metrics["recall"] == pytest.approx(2 / 3)
     assert metrics["fpr"] == pytest.approx(2 / 5)
+    assert metrics["f1"] == pytest.approx(2 * 2 / (4 + 3))
     assert metrics["precision_with_cover"] == pytest.approx(3 / 4)
+    assert metrics["cover_flagged"] == 1.0
     assert metrics["clean_precision"] == pytest.approx(3 / 4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,7 +28,8 @@ TEST_PATCHES = {
     "official": ("phoenix", "phoenix2", "firefox", "checker", "trojan8"),
     "firefox4": (*QUARTERS, "firefox"),
 }
-USUAL_TEST = {"official": "[phoenix2, checker]", "firefox4": "[firefox]"}
+USUAL_TEST = {"official": ("phoenix2", "checker"), "firefox4": ("firefox",)}
+USUAL_ALPHAS = {"official": (0.5, 0.2, 0.5, 0.3), "firefox4": (1.0, 1.0, 1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class AdapPatch:
     the sorted cover rows, which keep their label. At test ``test_set`` (names, in this order) is stamped opaquely.
 
     set: ``official`` phoenix, Firefox logo, checker in four corners, trojan square (vtu81/backdoor-toolbox);
-    ``firefox4`` the quarters of the logo (MeCa). ``trigger_id`` is j. The pictures are those of ``triggers.logos``.
+    ``firefox4`` the quarters of the logo (MeCa). alphas_train, test_set: None takes those of the set. ``trigger_id`` is
+    j. The pictures are those of ``triggers.logos``.
     """
 
     target_class: int | None
@@ -50,44 +53,52 @@ class AdapPatch:
     poison_count: int | None
     cover_rate: float
     set: str
-    alphas_train: list[float]
-    test_set: list[str]
+    alphas_train: list[float] | None
+    test_set: list[str] | None
     scale_patch: bool
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_choice("attack.set", self.set, tuple(TRAIN_PATCHES))
         check_flag("attack.scale_patch", self.scale_patch)
-        if not isinstance(self.alphas_train, list) or len(self.alphas_train) != 4:
-            raise ConfigError(f"attack.alphas_train={self.alphas_train!r} is not allowed: give four opacities")
-        for alpha in self.alphas_train:
+        if self.alphas_train is not None and (not isinstance(self.alphas_train, list) or len(self.alphas_train) != 4):
+            raise ConfigError(f"attack.alphas_train={self.alphas_train!r} is not allowed: give four opacities, or null")
+        for alpha in self._alphas():
             check_range("attack.alphas_train", alpha, 0, 1, low_open=True)
         allowed = TEST_PATCHES[self.set]
-        if (
+        if self.test_set is not None and (
             not isinstance(self.test_set, list)
             or not self.test_set
             or any(name not in allowed for name in self.test_set)
         ):
             raise ConfigError(
                 f"attack.test_set={self.test_set!r} is not allowed with attack.set={self.set}: give a list of "
-                f"{', '.join(allowed)}, e.g. {USUAL_TEST[self.set]}"
+                f"{', '.join(allowed)}, e.g. [{', '.join(USUAL_TEST[self.set])}], or null"
             )
+
+    def _alphas(self) -> Sequence[float]:
+        return self.alphas_train if self.alphas_train is not None else USUAL_ALPHAS[self.set]
+
+    def _test_names(self) -> Sequence[str]:
+        return self.test_set if self.test_set is not None else USUAL_TEST[self.set]
 
     def check(self, facts: Facts) -> None:
         """Raise ConfigError if the classes, the rates or the patches cannot fit."""
         check_facts(self, facts)
         check_room(f"attack.set={self.set}", max(map(reach, TRAIN_PATCHES[self.set])), facts.image_size)
-        for name in self.test_set:
+        for name in self._test_names():
             check_logo("attack.test_set", name, facts.image_size)
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with a quarter of the poison and cover rows under each patch."""
         height, width = view.train.images.shape[-2:]
         chosen = choose(self, view)
-        together = tuple(patch for name in self.test_set for patch in logo(name, height, width, scale=self.scale_patch))
+        together = tuple(
+            patch for name in self._test_names() for patch in logo(name, height, width, scale=self.scale_patch)
+        )
         rule, test = rule_and_test(self, view.num_classes, Overlay(together, 1.0))
         parts = []
-        for number, (name, alpha) in enumerate(zip(TRAIN_PATCHES[self.set], self.alphas_train, strict=True)):
+        for number, (name, alpha) in enumerate(zip(TRAIN_PATCHES[self.set], self._alphas(), strict=True)):
             trigger = Overlay(logo(name, height, width, scale=self.scale_patch), alpha)
             parts.append(Part(_quarter(chosen.poison, number), trigger, rule, number))
             parts.append(Part(_quarter(chosen.cover, number), trigger, keep_labels, number, is_cover=True))

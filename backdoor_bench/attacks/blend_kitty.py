@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from backdoor_bench.attacks.common import check_facts, check_settings, poison_static
-from backdoor_bench.errors import check_range
+from backdoor_bench.errors import check_flag, check_range
 from backdoor_bench.triggers.blend import Blend
 from backdoor_bench.triggers.pictures import check_asset, picture
 from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
@@ -13,7 +13,10 @@ from backdoor_bench.types import AttackerView, Facts, PoisonedSet, Trigger
 
 @dataclass(frozen=True)
 class BlendKitty:
-    """Blends the picture ``asset`` (a name of ``triggers.pictures`` or a file) with strength ``alpha``."""
+    """Blends the picture ``asset`` (a name of ``triggers.pictures`` or a file) with strength ``alpha``.
+
+    antialias: how the picture is made small, see ``triggers.pictures.picture``; noise is made at the image's own size.
+    """
 
     target_class: int | None
     source_class: int | None
@@ -27,11 +30,13 @@ class BlendKitty:
     cover_rate: float
     alpha: float
     asset: str
+    antialias: bool
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_range("attack.alpha", self.alpha, 0, 1, low_open=True)
         check_asset(self.asset)
+        check_flag("attack.antialias", self.antialias)
 
     def check(self, facts: Facts) -> None:
         """Raise ConfigError if the classes or the rate cannot fit."""
@@ -44,5 +49,5 @@ class BlendKitty:
     def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
         """The blend, at training and at test."""
         height, width = view.train.images.shape[-2:]
-        blend = Blend(picture(self.asset, height, width, self.seed), self.alpha)
+        blend = Blend(picture(self.asset, height, width, self.seed, self.antialias), self.alpha)
         return blend, blend

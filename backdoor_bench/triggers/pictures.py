@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from backdoor_bench.errors import ConfigError, DataError
@@ -41,11 +42,13 @@ _PALETTES = {
 }
 
 
-def picture(asset: str, height: int, width: int, seed: int) -> Tensor:
+def picture(asset: str, height: int, width: int, seed: int, antialias: bool = True) -> Tensor:
     """uint8 ``[3, height, width]``: the picture that ``asset`` names, resized with antialiasing.
 
-    asset: one of ``PICTURES``, or the path of an image file. seed: of the noise pictures, drawn once for all images.
-    Raises ConfigError if there is no such name or file, DataError if the file is not a usable picture.
+    Without ``antialias`` every pixel samples the picture bilinearly at its centre, as OpenCV's resize does: jagged, and
+    of more contrast. The result is then float64 in 0..255, not rounded. asset: one of ``PICTURES``, or the path of an
+    image file. seed: of the noise pictures, drawn once for all images. Raises ConfigError if there is no such name or
+    file, DataError if the file is not a usable picture.
     """
     if asset in ("noise_gray", "noise_rgb"):
         channels = 1 if asset == "noise_gray" else 3
@@ -53,7 +56,10 @@ def picture(asset: str, height: int, width: int, seed: int) -> Tensor:
         noise = torch.randint(0, 256, (channels, height, width), generator=generator, dtype=torch.uint8)
         return noise.expand(3, height, width).contiguous()
     drawing = _draw_cat(_PALETTES[asset]) if asset in _PALETTES else _open_file(asset)
-    return _to_tensor(drawing, height, width)
+    if antialias:
+        return _to_tensor(drawing, height, width)
+    full = _to_tensor(drawing, drawing.height, drawing.width)[None].double()
+    return F.interpolate(full, (height, width), mode="bilinear", align_corners=False)[0]
 
 
 def check_asset(asset: object) -> None:

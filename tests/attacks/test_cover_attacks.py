@@ -367,18 +367,28 @@ def test_adap_blend_shows_half_at_training_and_all_at_test(
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"),
+    ("changes", "names", "alphas", "tested"),
     [
-        ({}, QUARTERS),
+        ({}, QUARTERS, (1, 1, 1, 1), ("firefox",)),
         (
-            {"set": "official", "alphas_train": [0.5, 0.2, 0.5, 0.3], "test_set": ["phoenix2", "checker"]},
+            {"set": "official"},
             ("phoenix", "firefox", "checker", "trojan8"),
+            (0.5, 0.2, 0.5, 0.3),
+            ("phoenix2", "checker"),
+        ),
+        (
+            {"alphas_train": [0.1, 0.2, 0.3, 0.4], "test_set": ["firefox_br"]},
+            QUARTERS,
+            (0.1, 0.2, 0.3, 0.4),
+            ("firefox_br",),
         ),
     ],
 )
 def test_adap_patch_gives_each_quarter_its_patch(
     changes: dict[str, Any],
     names: tuple[str, ...],
+    alphas: tuple[float, ...],
+    tested: tuple[str, ...],
     make_attack: Callable[..., Any],
     make_view: Callable[..., Any],
 ) -> None:
@@ -391,16 +401,16 @@ def test_adap_patch_gives_each_quarter_its_patch(
         assert ids.tolist() == [number for number, size in enumerate(sizes) for _ in range(size)]
         for number, name in enumerate(names):
             mine = rows[ids == number]
-            stamp = Overlay(logo(name, 32, 32, scale=True), attack.alphas_train[number])
+            stamp = Overlay(logo(name, 32, 32, scale=True), alphas[number])
             assert torch.equal(result.train.images[mine], stamp(view.train.images[mine]))
     (case,) = result.tests
-    together = tuple(p for name in attack.test_set for p in logo(name, 32, 32, scale=True))
+    together = tuple(p for name in tested for p in logo(name, 32, 32, scale=True))
     expected = Overlay(together, 1.0)(view.train.images[:4])
     assert torch.equal(case.trigger(view.train.images[:4]), expected)
 
 
 def test_half_opaque_phoenix_pixel(make_attack: Callable[..., Any], make_view: Callable[..., Any]) -> None:
-    keys = {"set": "official", "alphas_train": [0.5, 0.2, 0.5, 0.3], "test_set": ["phoenix2", "checker"]}
+    keys = {"set": "official"}
     grey = torch.full((2000, 3, 32, 32), 100, dtype=torch.uint8)
     result = make_attack("adap_patch", **keys).poison(make_view(images=grey))
     rows = (result.is_poisoned & (result.trigger_id == 0)).nonzero().flatten()

@@ -90,3 +90,13 @@ def test_huge_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Image.new("RGB", (10, 10)).save(path)
     with pytest.raises(DataError, match="10x10"):
         picture(str(path), 8, 8, seed=0)
+
+
+def test_without_antialiasing_each_pixel_samples_the_drawing_at_its_centre() -> None:
+    jagged = picture("kitty_white", 32, 32, 0, antialias=False)
+    full = picture("kitty_white", 540, 540, 0).double()
+    # Output pixel i looks at (i + 0.5) 540 / 32 - 0.5: pixel 3 at 58.5625, pixel 17 at 294.8125.
+    rows = full[:, 58] * (1 - 0.5625) + full[:, 59] * 0.5625
+    value = rows[:, 294] * (1 - 0.8125) + rows[:, 295] * 0.8125
+    assert torch.allclose(jagged[:, 3, 17], value)
+    assert jagged.std() > picture("kitty_white", 32, 32, 0).double().std() + 5
