@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoor_bench.attacks.common import check_facts, check_settings, poison_static
+from backdoor_bench.attacks.common import check_facts, check_rows, check_settings, poison_static
 from backdoor_bench.attacks.pgd import Pgd, perturb_rows
 from backdoor_bench.attacks.surrogate import surrogate
 from backdoor_bench.data.poisoned_files import load_arrays
@@ -81,6 +81,7 @@ class LabelConsistent:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the chosen rows perturbed and stamped."""
+        check_rows(self, view)
         return poison_static(self, view, *self.triggers(view))
 
     def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:

@@ -150,6 +150,17 @@ def check_facts(settings: Settings, facts: Facts) -> None:
     _check_against(settings, facts.num_classes, facts.train_size)
 
 
+def check_rows(settings: Settings, view: AttackerView) -> None:
+    """Raise ConfigError if the labels cannot give the rows that ``choose`` will want; draws nothing.
+
+    For attacks that learn a trigger: what cannot work must be refused before minutes are spent on it.
+    """
+    labels = view.train.labels.cpu()
+    _check_against(settings, view.num_classes, len(labels))
+    available = int(poison_pool(settings, labels).sum())
+    poison_count(settings, available, len(labels), warn=lambda message: None)  # choose will warn
+
+
 def _check_against(settings: Settings, num_classes: int | None, train_size: int | None) -> None:
     if num_classes is not None:
         for key, value in (("target_class", settings.target_class), ("source_class", settings.source_class)):

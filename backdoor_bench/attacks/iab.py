@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from backdoor_bench.attacks.common import (
     check_facts,
+    check_rows,
     check_settings,
     poison_pool,
     poison_static,
@@ -142,6 +143,8 @@ class Iab:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with every chosen row's own trigger on it; in mode ``online`` clean, with a loss."""
+        if self.mode == "static":
+            check_rows(self, view)
         nets = self._generators(view)
         own = OwnTrigger(nets, view.device)
         if self.mode == "static":

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.attacks.common import check_facts, check_settings, poison_static
+from backdoor_bench.attacks.common import check_facts, check_rows, check_settings, poison_static
 from backdoor_bench.attacks.surrogate import surrogate
 from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
@@ -98,6 +98,7 @@ class LatentBackdoor:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the square on the chosen rows."""
+        check_rows(self, view)
         poisoned = poison_static(self, view, *self.triggers(view))
         if self.mode == "data":
             return poisoned

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench.attacks.common import check_facts, check_settings, poison_static
+from backdoor_bench.attacks.common import check_facts, check_rows, check_settings, poison_static
 from backdoor_bench.errors import ConfigError, check_flag, check_range
 from backdoor_bench.training import interrupt
 from backdoor_bench.training.hardware import Hardware
@@ -70,6 +70,7 @@ class Smooth:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the glow on the chosen rows."""
+        check_rows(self, view)
         return poison_static(self, view, *self.triggers(view))
 
     def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:

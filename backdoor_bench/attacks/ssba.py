@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.attacks.common import check_facts, check_settings, poison_static
+from backdoor_bench.attacks.common import check_facts, check_rows, check_settings, poison_static
 from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.errors import ConfigError, check_range
 from backdoor_bench.training.fit import Batch, fit, shuffled
@@ -93,6 +93,7 @@ class Ssba:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The training set with the string hidden in the chosen rows."""
+        check_rows(self, view)
         return poison_static(self, view, *self.triggers(view))
 
     def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:

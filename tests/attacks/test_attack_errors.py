@@ -158,3 +158,14 @@ def test_square_of_a_folder_is_checked_when_its_size_is_known(
     attack = make_attack("badnets", pattern="white", side=20)
     with pytest.raises(ConfigError, match=r"attack\.side=20 .*<= 16"):
         attack.poison(make_view(size=16))
+
+
+@pytest.mark.parametrize("id_", ["cl", "lba_14", "iab", "ssba", "smooth"])
+def test_learned_attacks_refuse_before_they_learn(
+    id_: str, make_attack: Callable[..., Any], make_view: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = make_attack(id_, poison_count=1999)  # more than any pool of 2,000 rows in ten classes has
+    for name in ("triggers", "_generators"):
+        monkeypatch.setattr(type(attack), name, lambda self, view: pytest.fail("it learns first"), raising=False)
+    with pytest.raises(ConfigError, match=r"attack\.poison_count=1999"):
+        attack.poison(make_view())
