@@ -75,7 +75,7 @@ class TrainConfig:
         """The learning rate of step ``step`` (0-based, of ``steps``) in epoch ``epoch`` (0-based)."""
         now = epoch + (step / steps if self.schedule_unit == "step" else 0.0)
         if now < self.warmup_epochs:
-            return self.lr * (epoch + (step + 1) / steps) / self.warmup_epochs
+            return self.lr * min(1.0, (epoch + (step + 1) / steps) / self.warmup_epochs)
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * now / self.epochs))
         if self.schedule == "multistep":

@@ -222,3 +222,8 @@ def test_other_images_get_the_crops_and_flips_of_their_places(blobs, new_model, 
     recipe = replace(recipe, augment=Augmentation(2, True, 5.0, 4))
     fit(new_model(4), blobs, recipe, generator=torch.Generator(), stage="x", progress=progress, loss_fn=loss_fn,
         stop_after=1)  # fmt: skip
+
+
+def test_a_warm_up_of_part_of_an_epoch_never_exceeds_the_rate(recipe):
+    config = replace(recipe, schedule_unit="epoch", warmup_epochs=0.75, lr=0.4)
+    assert [config.lr_at(0, step, 4) for step in range(4)] == pytest.approx([0.4 / 3, 0.8 / 3, 0.4, 0.4])
