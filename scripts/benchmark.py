@@ -48,6 +48,7 @@ from backdoor_bench.types import AttackerView, ImageSet  # noqa: E402
 STATIC = (
     "badnets", "badnets_white", "badnets_grid", "badnets_all2all", "blend_strip", "blend_kitty", "sig", "trojan",
     "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "smooth", "instagram", "wanet", "tact", "adap_blend", "physical",
+    "adap_patch", "multi_1trig_2target", "multi_2trig_2target",
 )  # fmt: skip
 IMAGES, MAP_SAMPLES = 50_000, 5_000  # CIFAR-10's, the default run's
 COLUMNS = ("what", "target", "measured", "unit", "ok", "commit", "device", "threads", "date")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import shutil
+import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +181,10 @@ def changed(name: str, row: int, value: Any) -> dict[str, np.ndarray]:
         (changed("trigger_id", 0, 0), r"set\.npz, train row 0: trigger_id"),
         (changed("test_case", 4, 2), r"set\.npz, test row 4: test_case must lie in 0\.\.1"),
         ({"case_names": np.array(["x", "x"])}, r"names of the cases must differ"),
+        ({"case_names": np.array("x")}, r"case_names is <U1 \(\), expected texts in a row"),
+        ({"case_names": np.array([1.5, 2.5])}, r"case_names is float64 \(2,\), expected texts"),
         ({"case_counts": np.array([1])}, r"case_counts must be 2 values"),
+        ({"case_group": np.array(["one"])}, r"case_group is <U3 \(1,\), expected 2 texts"),
         ({"train_labels": np.array([None] * TRAIN, dtype=object)}, r"cannot be read as an NPZ of plain arrays"),  # B49
     ],
 )
@@ -239,6 +246,75 @@ def test_damaged_images_and_files(tmp_path: Path, folder: Path, npz: Callable[..
         read(tmp_path, SIZE, CLASSES)
 
 
+def repacked(path: Path, name: str, content: bytes) -> Path:
+    """``path`` with other bytes in one member."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, before in members.items():
+            archive.writestr(member, content if member == name else before)
+    return path
+
+
+def heading(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no array", "magic"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((,  ", "EOF in multi-line"),
+        (heading((10**9, SIZE, SIZE, 3)) + b"x", "does not have the size that it declares"),
+        (heading((-1, SIZE, SIZE, 3)), "does not have the size that it declares"),
+        (heading((TRAIN, SIZE, SIZE, 3)) + bytes(TRAIN * SIZE**2 * 3 - 1), "does not have the size that it declares"),
+    ],
+)
+def test_members_that_are_not_what_they_say(content: bytes, message: str, npz: Callable[..., Path]) -> None:
+    path = repacked(npz(), "train_images.npy", content)
+    with pytest.raises(DataError, match=rf"set\.npz cannot be read as an NPZ of plain arrays: .*{message}"):
+        read(path, SIZE, CLASSES)
+
+
+def test_an_encrypted_archive(npz: Callable[..., Path]) -> None:
+    path = npz()
+    content = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = content.find(signature)
+        while place >= 0:
+            content[place + flags] |= 1
+            place = content.find(signature, place + 4)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"set\.npz cannot be read as an NPZ of plain arrays: .*encrypted"):
+        read(path, SIZE, CLASSES)
+
+
+def test_an_archive_that_grows_a_thousandfold_is_not_unpacked(npz: Callable[..., Path]) -> None:
+    path, count = npz(), 360_000
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_images.npy", heading((count, SIZE, SIZE, 3)) + bytes(count * SIZE**2 * 3))
+    with pytest.raises(DataError, match=r"set\.npz: its arrays pass \d+ bytes unpacked.*zip bomb"):
+        read(path, SIZE, CLASSES)
+
+
+def test_what_is_not_asked_for_is_not_read(npz: Callable[..., Path]) -> None:
+    same(read(npz(notes=np.array([{}], dtype=object)), SIZE, CLASSES), read(npz(), SIZE, CLASSES))
+
+
+def test_files_that_are_no_plain_files(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "poisoned.npz")  # opening it would wait for ever
+    for use in (fingerprint, count_rows, lambda path: read(path, SIZE, CLASSES)):
+        with pytest.raises(DataError, match=r"neither poisoned\.npz nor train\.csv"):
+            use(tmp_path / "pipe")
+    (folder / "train.csv").rename(tmp_path / "train.csv")
+    (folder / "train.csv").symlink_to(tmp_path / "train.csv")
+    with pytest.raises(DataError, match=r"train\.csv is a link out of the data folder"):
+        read(folder, SIZE, CLASSES)
+
+
 def test_a_manifest_is_verified(folder: Path, npz: Callable[..., Path]) -> None:
     path = npz()
     sums = path.with_name("SHA256SUMS")
@@ -256,6 +332,8 @@ def test_a_manifest_is_verified(folder: Path, npz: Callable[..., Path]) -> None:
         read(folder, SIZE, CLASSES)
     for line, message in (
         (f"{'0' * 64}  gone.png", "line 1: gone.png is missing"),
+        (f"{'0' * 64}  {folder.parent}/set.npz", "line 1: not of the form"),
+        (f"{'0' * 64}  ../set.npz", "line 1: not of the form"),
         ("what", "line 1: not of the form"),
     ):
         sums.write_text(line + "\n")
@@ -304,6 +382,8 @@ def test_a_holdout_that_may_hold_poisoned_images_is_refused(npz: Callable[..., P
     check(TRAIN, 3)  # the data set without its holdout
     check(TRAIN + 3, 3)  # holdout.source=seen, before the data are read
     check(30, 3, "allow")
+    with pytest.raises(DataError, match="train_labels, one integer an image"):
+        Imported(str(npz(train_labels=np.array(3))), 0, "refuse").check(Facts(CLASSES, SIZE, 30, 1, 1, 3))
     with pytest.raises(
         ConfigError, match=r"holdout\.size=3 is not allowed: .*12 training images.*attack\.holdout=allow"
     ):
@@ -401,6 +481,18 @@ def test_an_import_measures_what_the_attack_itself_measures(tmp_path: Path, benc
     gone = bench("attack=import", f"attack.path={out}", *words)
     assert gone.code == 3
     assert "check attack.path" in gone.err
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    stale, living, other = (tmp_path / f".{name}.{owner}.tmp" for name, owner in (
+        ("out", process.pid), ("out", os.getppid()), ("out.more", process.pid),
+    ))  # fmt: skip
+    for folder in (stale, living, other):
+        (folder / "train").mkdir(parents=True)
+    export_poisoned.remove_stale(tmp_path / "out")
+    assert [folder.exists() for folder in (stale, living, other)] == [False, True, True]
 
 
 def test_nothing_is_left_of_an_export_that_fails(
