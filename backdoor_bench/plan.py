@@ -102,11 +102,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     for part in (model, attack, defense):
         if hasattr(part, "check"):
             part.check(facts)
-    if getattr(attack, "controls_training", False) and not getattr(defense, "honours_train_loss", False):
-        raise ConfigError(
-            f"attack={choices['attack']} owns the training loss, which defense={choices['defense']} cannot honour; "
-            "choose the attack's static form or a defence that trains plainly (no_defense, trap, tr)"
-        )
+    _check_pair(attack, defense, choices)
 
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
@@ -131,6 +127,23 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
         variant=variant, run_dir=run_dir, cache_dir=Path(str(config.cache_root)).expanduser(),
         floor=config.evaluation.floor, redo=bool(config.resume.redo), restart=bool(config.resume.restart),
     )  # fmt: skip
+
+
+def _check_pair(attack: Any, defense: Any, choices: Mapping[str, str]) -> None:
+    """Refuse an attack that owns the training with a defence that cannot go along."""
+    if not getattr(attack, "controls_training", False):
+        return
+    if not getattr(defense, "honours_train_loss", False):
+        raise ConfigError(
+            f"attack={choices['attack']} owns the training loss, which defense={choices['defense']} cannot honour; "
+            "choose the attack's static form or a defence that trains plainly (no_defense, trap, tr)"
+        )
+    if not getattr(attack, "fixed_set", True) and getattr(defense, "isolation", None) is not None:
+        raise ConfigError(
+            f"attack={choices['attack']} with attack.mode=online draws its poison anew in every batch, so there is no "
+            f"poisoned row that the isolation of defense={choices['defense']} could find; set attack.mode=static, or "
+            "choose no_defense or tr"
+        )
 
 
 def _files(dataset: Any, attack: Any, values: Any) -> dict[str, str]:

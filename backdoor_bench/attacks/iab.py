@@ -132,6 +132,11 @@ class Iab:
         """Whether the attack owns the loss of the victim's training."""
         return self.mode == "online"
 
+    @property
+    def fixed_set(self) -> bool:
+        """Whether the poisoned rows are the same throughout the training."""
+        return self.mode == "static"
+
     def check(self, facts: Facts) -> None:
         """Raise ConfigError if the classes, the rate or the generators cannot fit."""
         check_facts(self, facts)

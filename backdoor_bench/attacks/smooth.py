@@ -105,7 +105,7 @@ class Smooth:
                 )
             return {"pattern": (pattern * 255).clamp(0, self.max).to(torch.uint8)}
 
-        return view.learned.tensors("smooth_pattern", build, {"max": self.max})["pattern"]
+        return view.learned.tensors("smooth_pattern", build, {"max": self.max, "seed": self.seed})["pattern"]
 
 
 def universal_pattern(

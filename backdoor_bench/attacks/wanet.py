@@ -56,6 +56,11 @@ class WaNet:
     def controls_training(self) -> bool:
         return self.mode == "online"
 
+    @property
+    def fixed_set(self) -> bool:
+        """Whether the poisoned rows are the same throughout the training."""
+        return self.mode == "static"
+
     def __post_init__(self) -> None:
         check_settings(self)
         check_range("attack.k", self.k, 2, float("inf"), integer=True)

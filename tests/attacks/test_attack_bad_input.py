@@ -125,3 +125,21 @@ def nothing_half_written(outputs: Path) -> None:
     """The folder of the run may hold its settings and its log, but nothing that looks like a result or a piece of one."""
     left = {path.name for path in written(outputs)}
     assert left <= {"config.yaml", "log.txt", "lock"} | {name for name in left if name.startswith(".lock")}, left
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("attack=loss_adaptive", "defense=meca"), "owns the training loss, which defense=meca cannot honour"),
+        (
+            ("attack=lba_14", "attack.mode=loss", "defense=dst"),
+            "owns the training loss, which defense=dst cannot honour",
+        ),
+        (("attack=wanet", "attack.mode=online", "defense=trap"), "draws its poison anew in every batch"),
+        (("attack=iab", "attack.mode=online", "defense=dbr"), "draws its poison anew in every batch"),
+    ],
+)
+def test_an_attack_that_owns_the_training_is_refused_where_the_defence_cannot_go_along(bench, words, told):
+    outcome = bench(*words)
+    assert outcome.code == 2
+    assert told in outcome.err
