@@ -43,10 +43,16 @@ def changed(attack: str, config: dict[str, Any]) -> str:
     import yaml
 
     default = yaml.safe_load((CONF / "attack" / f"{attack}.yaml").read_text(encoding="utf-8"))
-    told = {key: value for key, value in config["attack"].items() if not isinstance(value, dict)}
-    # What refers to other keys (``${seed}``) is no setting of its own.
-    free = {key for key, value in default.items() if isinstance(value, str) and "${" in value}
-    return ", ".join(f"{key}={value}" for key, value in told.items() if key not in free and value != default.get(key))
+    return ", ".join(_changed("", default, config["attack"]))
+
+
+def _changed(prefix: str, default: dict[str, Any], told: dict[str, Any]) -> Iterator[str]:
+    for key, value in default.items():
+        if isinstance(value, dict):
+            yield from _changed(f"{prefix}{key}.", value, told.get(key, {}))
+        # What refers to other keys (``${seed}``) is no setting of its own.
+        elif key in told and told[key] != value and not (isinstance(value, str) and "${" in value):
+            yield f"{prefix}{key}={told[key]}"
 
 
 def row_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +65,7 @@ def row_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     row |= {f"undefended_{name}": undefended.get(name) for name in ("acc", "asr")}
     row |= {name: metrics.get(name) for name in ("acc", "asr", "target_class_acc", "precision", "recall")}
     row |= {"attack_settings": changed(row["attack"], config), "epochs": config["train"]["epochs"]}
+    row |= {"crop_and_flip": config["train"].get("augment", {}).get("crop_padding", 0) > 0}
     row |= {"asr_floor": metrics.get("asr_floor")}
     row |= {name: result["poison"][name] for name in ("n_train", "n_poisoned", "n_cover", "n_flagged")}
     row |= {f"seconds_{name}": result["seconds"].get(name) for name in STAGES}
@@ -115,6 +122,7 @@ def attack_table(rows: list[dict[str, Any]]) -> str:
         shares = " | ".join(percent(row[key]) for key in ("acc", "asr", "asr_floor"))
         papers = "; ".join(printed(row["dataset"]).get(row["attack"], ["-"]))
         settings = f"{row['attack_settings'] or 'default'}, {row['epochs']} epochs"
+        settings += "" if row["crop_and_flip"] else ", no crop or flip"
         lines.append(f"| {row['attack']} | {settings} | {counts} | {shares} | {papers} |")
     return "\n".join(lines)
 

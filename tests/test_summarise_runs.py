@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from scripts.summarise_runs import main
+from scripts.summarise_runs import changed, main
 
 RESULT = {
     "dataset": "d", "model": "m", "attack": "badnets", "defense": "trap", "variant": "default", "seed": 0,
@@ -49,5 +49,13 @@ def test_undefended_attacks_stand_beside_the_printed_values(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"attack": attack, "train": {"epochs": 7}}))
     assert main([str(tmp_path), "--attacks"]) == 0
     told = capsys.readouterr().out
-    assert "| badnets | poison_rate=0.05, 7 epochs | 2, 0 of 20 | 70.00 | 0.10 | 2.00 | EBD 91.64 / 100.00;" in told
+    assert (
+        "| badnets | poison_rate=0.05, 7 epochs, no crop or flip | 2, 0 of 20 | 70.00 | 0.10 | 2.00 | EBD 91.64 / 100.00;"
+        in told
+    )
     assert "TRAP 94.8 / 100.0 |" in told
+
+
+def test_changed_keys_of_nested_attacks_are_named_in_full():
+    told = {"first": {"poison_rate": 0.1, "target_class": 0, "seed": 5}, "assignment": "each", "seed": 5}
+    assert changed("multi_2trig_2target", {"attack": told}) == "first.poison_rate=0.1"
