@@ -107,6 +107,10 @@ def test_offline_leaves_files_says_nothing_and_keeps_its_id(tmp_path: Path, capf
     assert ids[0] == ids[1]
     files = list((tmp_path / "tracking").rglob(f"run-{ids[0]}.wandb"))
     assert files
+    # W&B's own process writes them, and on a busy machine may still do so after finish() has returned.
+    until = time.monotonic() + 30
+    while any(file.stat().st_size <= 500 for file in files) and time.monotonic() < until:
+        time.sleep(0.1)
     assert all(file.stat().st_size > 500 for file in files)
     [table] = {json.dumps(json.loads(file.read_text())["data"]) for file in tmp_path.rglob("flagged*.table.json")}
     assert json.loads(table) == [["1", "a"], ["2", "b"]]
@@ -273,9 +277,10 @@ print("end", time.time(), flush=True)
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     lines = out.read_text().splitlines()
     assert done.returncode == 0
-    assert len(lines) == 2
-    assert "left alone" in lines[0]
-    assert end - float(lines[1].split()[1]) < 5
+    # On a busy machine a request that was still under way may add a line of its own before the end.
+    assert any("left alone" in line for line in lines)
+    assert lines[-1].startswith("end ")
+    assert end - float(lines[-1].split()[1]) < 5
 
 
 def test_config_fields_have_no_defaults() -> None:
