@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, floor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backdoor_bench.data.images import replace_rows
 from backdoor_bench.errors import ConfigError, check_choice, check_range
 from backdoor_bench.types import AttackerView, Facts, ImageSet, LabelRule, PoisonedSet, Pool, TestCase, Trigger
+
+if TYPE_CHECKING:
+    from backdoor_bench.training.fit import LossFn
 
 EXAMPLES = 16  # originals kept for the picture of clean and poisoned pairs
 CHUNK_VALUES = 2**24  # pixel values stamped at a time: a float64 trigger then needs 128 MiB
@@ -300,6 +303,29 @@ def assemble(view: AttackerView, parts: Sequence[Part], tests: tuple[TestCase, .
         tests=tests,
         example_index=example_index,
         originals=train.images[example_index].cpu(),
+    )
+
+
+def unpoisoned(
+    view: AttackerView,
+    tests: tuple[TestCase, ...] = (),
+    *,
+    train_loss: LossFn | None = None,
+    tests_of: Callable[[nn.Module], tuple[TestCase, ...]] | None = None,
+) -> PoisonedSet:
+    """The training set as it is, with empty truth: no attack, or one that does not write its poison into the set."""
+    nothing = torch.zeros(len(view.train), dtype=torch.bool)
+    return PoisonedSet(
+        train=view.train,
+        is_poisoned=nothing,
+        is_cover=nothing.clone(),
+        true_labels=view.train.labels,
+        trigger_id=torch.full((len(view.train),), -1),
+        tests=tests,
+        example_index=torch.empty(0, dtype=torch.int64),
+        originals=torch.empty(0, *view.train.images.shape[1:], dtype=torch.uint8),
+        train_loss=train_loss,
+        tests_of=tests_of,
     )
 
 

@@ -27,6 +27,7 @@ from backdoor_bench.attacks.common import (
     poison_pool,
     poison_static,
     rule_and_test,
+    unpoisoned,
 )
 from backdoor_bench.errors import ConfigError, check_choice, check_range
 from backdoor_bench.inference import forward_all
@@ -155,20 +156,9 @@ class Iab:
         if self.mode == "static":
             borrowed = BorrowedTrigger(nets, view.device, view.train.images, self.seed)
             return poison_static(self, view, own, cover_trigger=borrowed)
-        count = len(view.train)
-        none = torch.zeros(count, dtype=torch.bool)
         train_rule, test = rule_and_test(self, view.num_classes, own)
-        return PoisonedSet(
-            train=view.train,
-            is_poisoned=none,
-            is_cover=none.clone(),
-            true_labels=view.train.labels,
-            trigger_id=torch.full((count,), -1),
-            tests=(test,),
-            example_index=torch.empty(0, dtype=torch.int64),
-            originals=torch.empty(0, *view.train.images.shape[1:], dtype=torch.uint8),
-            train_loss=self._online_loss(nets, train_rule, view.train_config.label_smoothing),
-        )
+        loss = self._online_loss(nets, train_rule, view.train_config.label_smoothing)
+        return unpoisoned(view, (test,), train_loss=loss)
 
     def triggers(self, view: AttackerView) -> tuple[Trigger, Trigger]:
         """Every image's own trigger, at training and at test."""

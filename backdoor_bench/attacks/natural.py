@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.attacks.common import MAX_SEED, all2one, except_class
-from backdoor_bench.attacks.none import NoAttack
+from backdoor_bench.attacks.common import MAX_SEED, all2one, except_class, unpoisoned
 from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.data.images import select
 from backdoor_bench.errors import ConfigError, check_range
@@ -96,8 +95,7 @@ class Natural:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The clean set, with ``tests_of`` that looks for the triggers of a finished model."""
-        clean = NoAttack(self.seed).poison(view)
-        return replace(clean, tests_of=lambda model: self._tests_of(model, view))
+        return unpoisoned(view, tests_of=lambda model: self._tests_of(model, view))
 
     def _tests_of(self, model: nn.Module, view: AttackerView) -> tuple[TestCase, ...]:
         """One test case a budget and class; the classes of a budget are one group."""

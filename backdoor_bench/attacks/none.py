@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from backdoor_bench.attacks.common import MAX_SEED
+from backdoor_bench.attacks.common import MAX_SEED, unpoisoned
 from backdoor_bench.errors import check_range
 from backdoor_bench.types import AttackerView, Facts, PoisonedSet
 
@@ -27,15 +25,4 @@ class NoAttack:
 
     def poison(self, view: AttackerView) -> PoisonedSet:
         """The clean set, with empty truth."""
-        count = len(view.train)
-        nothing = torch.zeros(count, dtype=torch.bool)
-        return PoisonedSet(
-            train=view.train,
-            is_poisoned=nothing,
-            is_cover=nothing.clone(),
-            true_labels=view.train.labels,
-            trigger_id=torch.full((count,), -1),
-            tests=(),
-            example_index=torch.empty(0, dtype=torch.int64),
-            originals=torch.empty(0, *view.train.images.shape[1:], dtype=torch.uint8),
-        )
+        return unpoisoned(view)

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.attacks.common import check_facts, check_settings, poison_pool, poison_static, rule_and_test
+from backdoor_bench.attacks.common import (
+    check_facts,
+    check_settings,
+    poison_pool,
+    poison_static,
+    rule_and_test,
+    unpoisoned,
+)
 from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
 from backdoor_bench.training.fit import Batch, LossFn
 from backdoor_bench.training.seeds import generator
@@ -132,20 +139,9 @@ class WaNet:
 
     def _online(self, view: AttackerView, warp: Warp) -> PoisonedSet:
         self._check_batches(view)
-        count = len(view.train)
-        nothing = torch.zeros(count, dtype=torch.bool)
         rule, test = rule_and_test(self, view.num_classes, warp)
-        return PoisonedSet(
-            train=view.train,
-            is_poisoned=nothing,
-            is_cover=nothing.clone(),
-            true_labels=view.train.labels,
-            trigger_id=torch.full((count,), -1),
-            tests=(test,),
-            example_index=torch.empty(0, dtype=torch.int64),
-            originals=torch.empty(0, *view.train.images.shape[1:], dtype=torch.uint8),
-            train_loss=self._loss(warp.grid, rule, view.train_config.label_smoothing),
-        )
+        loss = self._loss(warp.grid, rule, view.train_config.label_smoothing)
+        return unpoisoned(view, (test,), train_loss=loss)
 
     def _check_batches(self, view: AttackerView) -> None:
         share = float(poison_pool(self, view.train.labels).double().mean()) if self.poison_base == "eligible" else 1.0

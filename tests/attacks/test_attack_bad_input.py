@@ -67,7 +67,7 @@ def wrong_array(folder: Path) -> Path:
 
 
 def objects(folder: Path) -> Path:
-    np.savez(folder / "set.npz", train_images=np.array([{"a": 1}], object), allow_pickle=True)
+    np.savez(folder / "set.npz", train_images=np.array([{"a": 1}], object))
     return folder / "set.npz"
 
 
