@@ -7,9 +7,8 @@ The baselines of its table are the same two stages without isolation: contrastiv
 with all given ones (Baseline2), then plain cross-entropy on all samples.
 
 Deviations from SCLBD/Effective_backdoor_defense:ST. The network is the one chosen by ``model`` and the classes attract
-by a symmetric mask (``asymmetric_mask``). The extractor's learning rate falls to 0 by a cosine counted from epoch 0
-after a warm-up from 0; there it falls to lr / 1000, counted from 1, after a warm-up from 0.01: at most 0.01 apart, at lr
-0.5. The warm-up is a share of the epochs. The last epoch counts, not the one with the best test accuracy.
+by a symmetric mask (``asymmetric_mask``). The warm-up is a share of the epochs (``extractor_warmup``), and small batches
+have it too. The last epoch counts, not the one with the best test accuracy.
 """
 
 from __future__ import annotations
@@ -59,7 +58,8 @@ class DST:
     extractor: ssctl | simclr (no labels attract) | supcon (all given labels do), CTL and S-CTL of EBD Table 3.
     classifier: mixed_ce on trusted and flagged samples | ce on all. views: of both stages, two a sample in the first.
     projection_size: outputs of the projection, which is dropped after the first stage. extractor_warmup: share of its
-    epochs, rounded to whole ones. classifier_milestones: epochs after which its learning rate is multiplied by
+    epochs, rounded to whole ones, from the learning rate ``extractor_warmup_from``; extractor_lr_end: the share of
+    ``extractor_lr`` to which the cosine falls. classifier_milestones: epochs after which its learning rate is multiplied by
     ``classifier_gamma``. momentum: of both stages.
     """
 
@@ -74,7 +74,9 @@ class DST:
     momentum: float
     extractor_epochs: int
     extractor_lr: float
+    extractor_lr_end: float
     extractor_warmup: float
+    extractor_warmup_from: float
     extractor_weight_decay: float
     extractor_batch_size: int
     lambda_p: float
@@ -93,7 +95,9 @@ class DST:
         check_flag("defense.asymmetric_mask", self.asymmetric_mask)
         check_range("defense.projection_size", self.projection_size, 1, 1_000_000, integer=True)
         check_range("defense.momentum", self.momentum, 0, 1, high_open=True)
-        check_range("defense.extractor_warmup", self.extractor_warmup, 0, 1)
+        for name in ("extractor_lr_end", "extractor_warmup"):
+            check_range(f"defense.{name}", getattr(self, name), 0, 1)
+        check_range("defense.extractor_warmup_from", self.extractor_warmup_from, 0, 1000)
         check_range("defense.lambda_p", self.lambda_p, 0, float("inf"), high_open=True)
         check_range("defense.classifier_gamma", self.classifier_gamma, 0, 1)
         if not isinstance(self.classifier_milestones, (list, tuple)):
@@ -190,7 +194,13 @@ class DST:
 
     def _extractor_recipe(self, base: TrainConfig) -> TrainConfig:
         warmup = round(self.extractor_warmup * self.extractor_epochs)
-        return replace(self._recipe(base, "extractor", "cosine"), warmup_epochs=warmup)
+        return replace(
+            self._recipe(base, "extractor", "cosine"),
+            schedule_unit="epoch_from_1",
+            lr_min=self.extractor_lr_end * self.extractor_lr,
+            warmup_epochs=warmup,
+            warmup_from=self.extractor_warmup_from,
+        )
 
     def _recipe(self, base: TrainConfig, stage: str, schedule: str) -> TrainConfig:
         """The stage's values on top of the victim's recipe, without its augmentation: the views come instead."""

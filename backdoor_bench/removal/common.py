@@ -78,6 +78,8 @@ def recipe(
         schedule=schedule,
         milestones=(),
         warmup_epochs=0.0,
+        warmup_from=0.0,
+        lr_min=0.0,
         label_smoothing=0.0,
         augment=base.augment if augment else NO_AUGMENTATION,
     )

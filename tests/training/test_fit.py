@@ -126,7 +126,11 @@ def test_schedules(recipe):
     steps = replace(cosine, schedule="multistep", milestones=(4, 8))
     assert [steps.lr_at(epoch, 0, 1) for epoch in (3, 4, 8)] == pytest.approx([1, 0.1, 0.01])
     warm = replace(cosine, schedule="constant", warmup_epochs=2.0)
-    assert [warm.lr_at(epoch, 0, 1) for epoch in (0, 1, 2)] == pytest.approx([0.5, 1, 1])
+    assert [warm.lr_at(epoch, 0, 1) for epoch in (0, 1, 2)] == pytest.approx([0, 0.5, 1])
+    assert replace(warm, warmup_from=0.2).lr_at(1, 1, 2) == pytest.approx(0.2 + 0.8 * 1.5 / 2)
+    low = replace(cosine, lr_min=0.2, schedule_unit="epoch_from_1")
+    assert [low.lr_at(epoch, 1, 4) for epoch in (4, 9)] == pytest.approx([0.6, 0.2])
+    assert replace(low, warmup_epochs=5.0).lr_at(2, 1, 2) == pytest.approx(0.6 / 2)  # half-way to the cosine at its end
 
 
 def test_steps(recipe):
@@ -225,5 +229,5 @@ def test_other_images_get_the_crops_and_flips_of_their_places(blobs, new_model, 
 
 
 def test_a_warm_up_of_part_of_an_epoch_never_exceeds_the_rate(recipe):
-    config = replace(recipe, schedule_unit="epoch", warmup_epochs=0.75, lr=0.4)
-    assert [config.lr_at(0, step, 4) for step in range(4)] == pytest.approx([0.4 / 3, 0.8 / 3, 0.4, 0.4])
+    config = replace(recipe, schedule="constant", schedule_unit="epoch", warmup_epochs=0.75, lr=0.4)
+    assert [config.lr_at(0, step, 4) for step in range(4)] == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4])
