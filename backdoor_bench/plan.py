@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
-from backdoor_bench.results import config_hash, hashed_part, variant_name
+from backdoor_bench.results import NOT_HASHED, config_hash, hashed_part, variant_name
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.hardware import Hardware
 from backdoor_bench.types import Facts
@@ -28,7 +28,8 @@ KEYS_NOT_IN_VARIANT = ("seed", "output_root", "cache_root", "hydra", "tracking",
 @dataclass(frozen=True)
 class Plan:
     """config: resolved plain configuration (hardware as it is on this machine). Paths are absolute or relative to the
-    current folder; *_scope: what a poisoned set and a victim depend on, for the cache."""
+    current folder; settings: the command line's overrides that decide what is computed, groups in the path, paper, budget,
+    seed, hardware and the place of the data aside; *_scope: what a poisoned set and a victim depend on, for the cache."""
 
     config: dict[str, Any]
     dataset: Any
@@ -41,6 +42,7 @@ class Plan:
     seed: int
     attack_seed: int
     names: dict[str, str]
+    settings: list[str]
     variant: str
     run_dir: Path
     cache_dir: Path
@@ -124,7 +126,8 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     return Plan(
         config=plain, dataset=dataset, model=model, attack=attack, defense=defense, train=train, tracking=tracking,
         hardware=hardware, seed=int(config.seed), attack_seed=int(config.attack.get("seed", config.seed)), names=names,
-        variant=variant, run_dir=run_dir, cache_dir=Path(str(config.cache_root)).expanduser(),
+        settings=sorted(text for text in overrides if _decides(text)), variant=variant, run_dir=run_dir,
+        cache_dir=Path(str(config.cache_root)).expanduser(),
         floor=config.evaluation.floor, redo=bool(config.resume.redo), restart=bool(config.resume.restart),
     )  # fmt: skip
 
@@ -188,6 +191,14 @@ def _facts(config: DictConfig, dataset: Any, train: TrainConfig) -> Facts:
         steps_per_epoch=None if size is None else train.steps_per_epoch(size),
         holdout_size=holdout,
     )
+
+
+def _decides(override: str) -> bool:
+    """Whether an override decides what is computed (see Plan.settings)."""
+    key = override.split("=", 1)[0].lstrip("+~")
+    elsewhere = (*GROUPS_IN_PATH, "paper", "experiment", "budget", "dataset.root")
+    first = key.replace("/", ".").split(".")[0]
+    return not (key in elsewhere or key in NOT_HASHED or first in (*KEYS_NOT_IN_VARIANT, "hardware", "evaluation"))
 
 
 def _shown(override: str) -> str | None:

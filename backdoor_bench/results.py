@@ -36,7 +36,7 @@ from backdoor_bench.targets import is_ours
 SCHEMA = 1
 # What may differ between two runs that compute the same.
 NOT_HASHED = (
-    *("output_root", "cache_root", "tracking", "resume", "hydra", "dataset.cache_dir", "dataset.download"),
+    *("output_root", "cache_root", "tracking", "resume", "sweep", "hydra", "dataset.cache_dir", "dataset.download"),
     *(
         "dataset.verify",
         "dataset.memory_limit_gib",

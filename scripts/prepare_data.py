@@ -2,7 +2,7 @@
 """Fetch, unpack and check a data set, so that run.py finds it.
 
     python scripts/prepare_data.py cifar10 --root DIR                        fetch what is missing, then check
-    python scripts/prepare_data.py tiny_imagenet --root DIR --from-archive FILE   unpack FILE into DIR, then check
+    python scripts/prepare_data.py tinyimagenet --root DIR --from-archive FILE   unpack FILE into DIR, then check
     python scripts/prepare_data.py folder --root DIR --set on_error=skip     check your own images
 
 Afterwards set dataset.root=DIR or the environment variable BACKDOOR_BENCH_DATA. Exit codes: 0 done, 2 bad argument,

@@ -234,7 +234,7 @@ def test_help_lists_every_file_of_every_group(go, word):
         listed += len(files)
     assert listed > 30
     folders = {str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")}
-    overlays = {folder for folder in folders if folder.startswith(("train", "paper_")) or folder == "."}
+    overlays = {folder for folder in folders if folder.startswith(("train", "paper_", "budget_")) or folder == "."}
     assert folders - overlays <= set(groups), "a group that --help does not know"
 
 

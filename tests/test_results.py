@@ -42,7 +42,7 @@ META = {
 # ------------------------------------------------------------------ the same run
 
 
-@pytest.mark.parametrize("key", ["output_root", "cache_root", "tracking", "resume", "hydra"])
+@pytest.mark.parametrize("key", ["output_root", "cache_root", "tracking", "resume", "sweep", "hydra"])
 def test_hash_leaves_out_what_cannot_change_a_result(key):
     assert config_hash({**CONFIG, key: "something else"}) == config_hash(CONFIG)
     assert config_hash({name: value for name, value in CONFIG.items() if name != key}) == config_hash(CONFIG)
@@ -69,7 +69,7 @@ def test_hash_leaves_out_keys_of_a_section(section, key):
 
 
 def test_nothing_else_is_left_out():
-    assert len(NOT_HASHED) == 5 + 7
+    assert len(NOT_HASHED) == 6 + 7
 
 
 @pytest.mark.parametrize(

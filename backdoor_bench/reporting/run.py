@@ -202,6 +202,7 @@ class Report:
             "experiment": plan.config["experiment"],
             "seed": plan.seed,
             "variant": plan.variant,
+            "settings": plan.settings,
             "metrics": {**metrics, "asr_floor": floor},
             "oracle": oracle_row(self._recorder.history()),
             "undefended": dict(undefended) if undefended is not None else None,

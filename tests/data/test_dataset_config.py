@@ -41,7 +41,7 @@ def test_yaml_lists_exactly_the_constructor_arguments(path: Path) -> None:
 
 def test_the_defaults_that_the_readme_promises_exist() -> None:
     names = {path.stem for path in CONFIGS}
-    expected = {"photo_digits", "toy", "cifar10", "cifar100", "gtsrb", "tiny_imagenet", "imagenette", "imagenet200"}
+    expected = {"photo_digits", "toy", "cifar10", "cifar100", "gtsrb", "tinyimagenet", "imagenette", "imagenet200"}
     assert expected | {"imagenet12", "folder"} <= names
 
 

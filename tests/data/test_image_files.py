@@ -505,7 +505,7 @@ def test_the_data_folder_may_go_once_the_set_is_mapped(tree: Path) -> None:
 
 def image_tree(root: Path, **changes: Any) -> ImageTree:
     base = ImageTree(
-        name="tiny_imagenet",
+        name="tinyimagenet",
         num_classes=2,
         image_size=SIZE,
         train_size=None,
@@ -528,7 +528,7 @@ def image_tree(root: Path, **changes: Any) -> ImageTree:
     return replace(base, **changes)
 
 
-def test_tiny_imagenet_reads_its_annotations(tmp_path: Path) -> None:
+def test_tinyimagenet_reads_its_annotations(tmp_path: Path) -> None:
     root = tmp_path / "tiny-imagenet-200"
     for name, value in (
         ("train/n2/images/n2_0.JPEG", 20),
@@ -558,7 +558,7 @@ def test_imagenet12_takes_the_first_classes_of_a_larger_tree(tmp_path: Path) -> 
     data = image_tree(tmp_path, class_subset="first").load()
     assert data.test is not None
     assert (levels(data.train.images), levels(data.test.images)) == ([0, 1], [100, 101])
-    with pytest.raises(DataError, match="4 class folders, tiny_imagenet has 2"):
+    with pytest.raises(DataError, match="4 class folders, tinyimagenet has 2"):
         image_tree(tmp_path).load()
 
 
