@@ -117,6 +117,7 @@ def prepare_run(plan: Plan, dataset: Dataset, progress: Progress, seconds: dict[
         epochs=plan.train.epochs,
         steps_per_epoch=plan.train.steps_per_epoch(len(dataset.train)),
         holdout_size=int(plan.config["holdout"]["size"]),
+        holdout_source=str(plan.config["holdout"]["source"]),
     )
     for part in (plan.model, plan.attack, plan.defense):
         part.check(facts)

@@ -30,7 +30,7 @@ from backdoor_bench.storage import (
 from backdoor_bench.types import Progress
 
 # Raise when the meaning of stored entries changes (formula, layout), so that old ones are not mistaken for new.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 class RowSink(Protocol):

@@ -63,6 +63,10 @@ def detection_metrics(
     return result
 
 
+# What a curve keeps of a probe's detail: the loss and, where a method adds several, its parts.
+LOSSES = ("loss", "ce", "mse", "tv")
+
+
 @dataclass(frozen=True)
 class Truth:
     """What the evaluator knows of the training rows: bool[N], bool[N]; None where nobody knows (a user's folder)."""
@@ -218,8 +222,7 @@ class Recorder:
         detail: Mapping[str, Any] | None = None,
     ) -> None:
         row: dict[str, Any] = {"stage": stage, "epoch": epoch}
-        if detail is not None and "loss" in detail:
-            row["loss"] = detail["loss"]
+        row |= {name: (detail or {})[name] for name in LOSSES if name in (detail or {})}
         if model is not None:
             metrics = self._evaluator.model_metrics(model)
             row |= {name: metrics[name] for name in ("acc", "asr", "target_class_acc", "dummy_triggered")}

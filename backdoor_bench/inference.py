@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_bench.training.hardware import Hardware
+from backdoor_bench.training.precision import full_float32
 from backdoor_bench.types import Images
 
 # On a CPU small batches stay in the cache (half the time of 1,024 for small_cnn), a GPU wants large ones.
@@ -21,11 +22,14 @@ def forward_all(
     hardware: Hardware,
     compute: Callable[[Tensor], Tensor] | None = None,
     batch_size: int | None = None,
+    *,
+    exact: bool = False,
 ) -> Tensor:
     """``compute(batch)`` of every image, concatenated on the CPU in the order given.
 
     images: uint8 [N, 3, H, W]; no augmentation. compute: maps a float batch in [0, 1] on the device to a tensor with
-    one row an image; default the model itself. The model is in eval mode meanwhile; the mode it was found in, module by
+    one row an image; default the model itself. exact: compute in full float32 whatever the run's precision, for scores
+    that rank samples. The model is in eval mode meanwhile; the mode it was found in, module by
     module (a frozen part may differ), is restored.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -36,7 +40,7 @@ def forward_all(
     try:
         # An empty set goes through as one empty batch, which gives the result its width.
         for start in range(0, max(1, len(images)), batch_size):
-            with hardware.autocast():
+            with full_float32(hardware.device) if exact else hardware.autocast():
                 # Kept on the device: waiting for a copy after each batch would leave a GPU idle.
                 parts.append(compute(hardware.images(images[start : start + batch_size])))
     finally:

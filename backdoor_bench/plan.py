@@ -100,7 +100,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     if tracking.group is None and sweep is not None:
         tracking = replace(tracking, group=sweep)
 
-    facts = _facts(config, dataset, train)
+    facts = _facts(config, dataset, train, model)
     for part in (model, attack, defense):
         if hasattr(part, "check"):
             part.check(facts)
@@ -141,7 +141,14 @@ def _check_pair(attack: Any, defense: Any, choices: Mapping[str, str]) -> None:
             f"attack={choices['attack']} owns the training loss, which defense={choices['defense']} cannot honour; "
             "choose the attack's static form or a defence that trains plainly (no_defense, trap, tr)"
         )
-    if not getattr(attack, "fixed_set", True) and getattr(defense, "isolation", None) is not None:
+    isolation = getattr(defense, "isolation", None)
+    if isolation is not None and not getattr(isolation, "honours_train_loss", False):
+        raise ConfigError(
+            f"attack={choices['attack']} owns the training loss, which defense.isolation={choices['defense/isolation']} of "
+            f"defense={choices['defense']} cannot honour: it trains a model of its own by another loss; choose the attack's "
+            "static form or an isolation that trains plainly or not at all (trap, fct, spectral, oracle)"
+        )
+    if not getattr(attack, "fixed_set", True) and isolation is not None:
         raise ConfigError(
             f"attack={choices['attack']} with attack.mode=online draws its poison anew in every batch, so there is no "
             f"poisoned row that the isolation of defense={choices['defense']} could find; set attack.mode=static, or "
@@ -173,7 +180,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _facts(config: DictConfig, dataset: Any, train: TrainConfig) -> Facts:
+def _facts(config: DictConfig, dataset: Any, train: TrainConfig, model: Any) -> Facts:
     size = dataset.train_size if dataset.limit is None else min(dataset.limit, dataset.train_size or dataset.limit)
     holdout = int(config.holdout.size)
     if size is not None and holdout >= size:
@@ -183,6 +190,12 @@ def _facts(config: DictConfig, dataset: Any, train: TrainConfig) -> Facts:
         )
     if size is not None and config.holdout.source == "reserved":
         size -= holdout
+
+    def outline() -> Any:
+        with torch.device("meta"):
+            # Where the data tell the number of classes any will do: only the head depends on it.
+            return model.build(dataset.num_classes or 2, dataset.image_size, dataset.mean, dataset.std)
+
     return Facts(
         num_classes=dataset.num_classes,
         image_size=dataset.image_size,
@@ -190,6 +203,8 @@ def _facts(config: DictConfig, dataset: Any, train: TrainConfig) -> Facts:
         epochs=train.epochs,
         steps_per_epoch=None if size is None else train.steps_per_epoch(size),
         holdout_size=holdout,
+        holdout_source=str(config.holdout.source),
+        outline=outline,
     )
 
 

@@ -77,7 +77,9 @@ class Dataset:
 class Facts:
     """What can be known before any data are read; a method's ``check(facts)`` refuses what cannot work.
 
-    num_classes and train_size are None where only the data tell (``dataset=folder``).
+    num_classes and train_size are None where only the data tell (``dataset=folder``). holdout_source: reserved | seen.
+    outline: makes the chosen network without storage (on the meta device), for its blocks and shapes; None where the data
+    are there already, so that it was asked before.
     """
 
     num_classes: int | None
@@ -86,6 +88,8 @@ class Facts:
     epochs: int
     steps_per_epoch: int | None
     holdout_size: int = 0
+    holdout_source: str = "reserved"
+    outline: Callable[[], Classifier] | None = None
 
 
 class Trigger(Protocol):
@@ -227,6 +231,28 @@ class FeatureScatter:
 
 
 @dataclass(frozen=True, eq=False)
+class SampleMap:
+    """Some training samples in the plane: name of the panel -> float [K, 2], where point i is training row ``rows[i]``
+    (int64 [K]). The panels are drawn beside each other on the same axes, coloured by given class, poisoned samples
+    black where the truth is known."""
+
+    name: str
+    title: str
+    rows: Tensor
+    panels: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstructions:
+    """``made``: float images [B, 3, H, W] in [0, 1] -> images of the same shape; drawn below clean test images, and below
+    the same with the trigger."""
+
+    name: str
+    title: str
+    made: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class LossLandscape:
     """Loss of ``model`` around one clean and one poisoned training image, where the truth is known."""
 
@@ -235,7 +261,7 @@ class LossLandscape:
     model: nn.Module
 
 
-Figure = ScoreHistogram | ImageRows | SplitGrid | FeatureScatter | LossLandscape
+Figure = ScoreHistogram | ImageRows | SplitGrid | FeatureScatter | SampleMap | Reconstructions | LossLandscape
 
 
 class Victim(Protocol):
@@ -333,6 +359,9 @@ class Defense(Protocol):
 
 
 class IsolationMethod(Protocol):
+    """With ``honours_train_loss = True`` it trains by ``view.train_loss`` or not at all; the others are refused with
+    attacks that own the loss."""
+
     def check(self, facts: Facts) -> None: ...
     def isolate(self, view: DefenderView) -> Isolation: ...
 

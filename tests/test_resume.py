@@ -29,9 +29,9 @@ ARGS = (
 )
 
 
-def start(root: Path, *extra: str) -> subprocess.Popen:
+def start(root: Path, *extra: str, args: tuple[str, ...] = ARGS) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "run.py", *ARGS, *extra, f"output_root={root}"]
+    command = [sys.executable, "run.py", *args, *extra, f"output_root={root}"]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -134,3 +134,56 @@ def test_two_runs_side_by_side_share_one_victim(tmp_path):
     first, second = finish(one), finish(two)
     assert ("waiting for it" in first) != ("waiting for it" in second)
     assert len(list(tmp_path.glob("cache/victim-*"))) == 1
+
+
+# The other methods: command line, and where the cache shows that a stage has begun, is half-way or is done.
+COMMON = (*TOY, "attack=badnets", "train.checkpoint_seconds=0", "dataset.train_size=1200")
+METHODS = {
+    "tr": (
+        ("defense=tr", "holdout.size=100", "train.epochs=4"),
+        ("trap-*/checkpoint/epoch-00002.json", "trap-*/bundle.json", "replace-*/checkpoint/epoch-00002.json"),
+    ),
+    "dbr": (
+        ("defense=dbr", "train.epochs=4", "defense.isolation.finetune_epochs=4", "defense.removal.epochs=4"),
+        (
+            "victim-*/checkpoint/epoch-00002.json",
+            "distinguish-*/checkpoint/epoch-*.json",
+            "distinguish-*/bundle.json",
+            "removal-*/checkpoint/epoch-00002.json",
+        ),
+    ),
+    "dst": (
+        (
+            "defense=dst", "defense.isolation.finetune_epochs=2", "defense.extractor_epochs=4",
+            "defense.extractor_lr=0.05", "defense.classifier_lr=0.5", "defense.classifier_epochs=4",
+        ),
+        (
+            "extractor-*/checkpoint/epoch-00002.json",
+            "extractor-*/bundle.json",
+            "classifier-*/checkpoint/epoch-00002.json",
+        ),
+    ),
+    "meca": (
+        ("defense=meca", "train.epochs=4", "defense.isolation.epochs=4", "defense.relabel=true"),
+        (
+            "enhance-*/checkpoint/epoch-00002.json",
+            "enhance-*/bundle.json",
+            "retrain-*/checkpoint/epoch-00002.json",
+            "relearn-*/checkpoint/epoch-00002.json",
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_killed_in_every_stage(tmp_path, method):
+    words, points = METHODS[method]
+    args = (*COMMON, *words)
+    finish(start(tmp_path / "reference", args=args))
+    expected = evidence(tmp_path / "reference")
+    for number, point in enumerate(points):
+        root = tmp_path / str(number)
+        assert kill_when(start(root, args=args), root, f"cache/{point}"), f"{point}: ended before it could be killed"
+        finish(start(root, args=args))
+        assert evidence(root) == expected, point

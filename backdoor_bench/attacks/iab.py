@@ -271,7 +271,8 @@ class Iab:
         milestones = [max(1, round(share * epochs)) for share in falls]
         return replace(
             view.train_config, epochs=epochs, batch_size=size, schedule="multistep", schedule_unit="epoch",
-            milestones=milestones, gamma=0.1, warmup_epochs=0.0, label_smoothing=0.0, **values,
+            milestones=milestones, gamma=0.1, warmup_epochs=0.0, warmup_from=0.0, lr_min=0.0,
+            label_smoothing=0.0, **values,
         )  # fmt: skip
 
 

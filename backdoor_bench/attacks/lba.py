@@ -172,6 +172,8 @@ class LatentBackdoor:
             weight_decay=0.0,
             schedule="constant",
             warmup_epochs=0.0,
+            warmup_from=0.0,
+            lr_min=0.0,
             augment=Augmentation(0, False, 0.0, 0),
         )
 

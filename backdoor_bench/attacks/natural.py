@@ -160,6 +160,8 @@ class Natural:
             nesterov=False,
             schedule="constant",
             warmup_epochs=0.0,
+            warmup_from=0.0,
+            lr_min=0.0,
             label_smoothing=0.0,
             augment=Augmentation(0, False, 0.0, 0),
         )

@@ -137,7 +137,7 @@ class Ssba:
         recipe = replace(
             view.train_config, epochs=-(-self.enc_steps // steps), batch_size=size, optimizer="adam", lr=self.enc_lr,
             betas=(0.9, 0.999), weight_decay=0.0, nesterov=False, schedule="cosine", schedule_unit="step",
-            warmup_epochs=0.0, label_smoothing=0.0, augment=Augmentation(0, False, 0.0, 0),
+            warmup_epochs=0.0, warmup_from=0.0, lr_min=0.0, label_smoothing=0.0, augment=Augmentation(0, False, 0.0, 0),
             # The residual is smaller than what bfloat16 tells apart in a pixel.
             hardware=replace(hardware, precision="fp32") if hardware.precision == "bf16" else hardware,
         )  # fmt: skip

@@ -43,8 +43,8 @@ class ViewAugmentation:
     a factor within 1 +- their value and the hue turned by up to ``hue`` (in turns); grayscale with probability
     ``grey``. Works on any device.
 
-    Deviations from torchvision: the order of the four jitters is drawn once a batch instead of once an image, and
-    nothing is rounded to 8 bits in between.
+    Deviations from torchvision, not selectable: the order of the four jitters is drawn once a batch instead of once an
+    image, and nothing is rounded to 8 bits in between.
     """
 
     min_area: float

@@ -22,15 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoor_bench.data.contrastive import ViewAugmentation
-from backdoor_bench.errors import ConfigError, DataError, check_choice, check_flag, check_range
+from backdoor_bench.detection.distinguish import count_of
+from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
 from backdoor_bench.models.classifier import Classifier, replace_head
-from backdoor_bench.removal.common import clean_rows, flagged_rows, recipe
+from backdoor_bench.removal.common import clean_rows, flagged_rows, some_clean_rows
 from backdoor_bench.removal.mixed_ce import mixed_cross_entropy
 from backdoor_bench.storage import Checkpoints, digest
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.contrastive import contrastive_loss, positive_mask
 from backdoor_bench.training.fit import Batch, fit, shuffled
 from backdoor_bench.training.interrupt import raise_if_requested
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import derive, generator
 from backdoor_bench.types import DefenderView, DefenseResult, Facts, Isolation, IsolationMethod
 
@@ -122,8 +124,17 @@ class DST:
         return self.extractor == "ssctl" or self.classifier == "mixed_ce"
 
     def check(self, facts: Facts) -> None:
-        if self.isolation is not None:
-            self.isolation.check(facts)
+        if self.isolation is None:
+            return
+        self.isolation.check(facts)
+        share = getattr(self.isolation, "alpha_c", None)  # None: all that are not flagged are trusted
+        count = facts.train_size
+        if self._needs_split and share is not None and (share == 0 or (count and not count_of(share, count))):
+            of_these = f" of {count:,}" if count else ""
+            raise ConfigError(
+                f"defense.isolation.alpha_c={share} is not allowed: it trusts no sample{of_these}, and there would be "
+                "nothing from which the classes could be learnt; raise it"
+            )
 
     def defend(self, view: DefenderView) -> DefenseResult:
         isolation = self.isolation.isolate(view) if self.isolation is not None else _nothing_isolated(len(view.train))
@@ -139,9 +150,7 @@ class DST:
 
     def _look_at(self, isolation: Isolation, view: DefenderView) -> None:
         """Refuses a split without trusted samples, and warns of one that lacks something."""
-        if not len(clean_rows(isolation)):
-            raise DataError("the isolation trusts no sample: there is nothing from which the classes could be learnt")
-        present = view.train.labels[clean_rows(isolation)].bincount(minlength=view.num_classes)
+        present = view.train.labels[some_clean_rows(isolation)].bincount(minlength=view.num_classes)
         missing = (present == 0).nonzero().flatten().tolist()
         if missing:
             view.progress.warn(f"no sample of the classes {missing} is trusted: they are hardly learnt")
@@ -205,8 +214,7 @@ class DST:
     def _recipe(self, base: TrainConfig, stage: str, schedule: str) -> TrainConfig:
         """The stage's values on top of the victim's recipe, without its augmentation: the views come instead."""
         values = {name: getattr(self, f"{stage}_{name}") for name in ("epochs", "lr", "weight_decay", "batch_size")}
-        made = recipe(base, **values, momentum=self.momentum, schedule=schedule, augment=False)
-        return replace(made, schedule_unit="epoch")
+        return recipe(base, **values, momentum=self.momentum, schedule=schedule, schedule_unit="epoch", augment=False)
 
     def _extractor_settings(self, base: TrainConfig, isolation: Isolation) -> dict[str, Any]:
         """What the extractor depends on; the split only where its labels are used."""

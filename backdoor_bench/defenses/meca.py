@@ -5,7 +5,8 @@ a fresh model is trained on the clean samples (MeCa Algorithm 2). With ``relabel
 flagged samples and is fine-tuned on all (4.2.4, Eq. 12; in the paper's Table 4 only). Readings: specs/seed_defenses.md
 4.4, 4.5: the paper does not say that the final model starts untrained.
 
-The stage of the training is named ``retrain``, as ``train`` is the undefended model's. An attack that owns the loss of
+The stage of the training is named ``retrain``: ``train`` is the undefended model's, which may be in the same run, and
+seconds and curves are kept by name. An attack that owns the loss of
 plain training is refused: enhancement and training are defined on the cross-entropy of chosen rows.
 """
 
@@ -19,26 +20,31 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_bench.detection.kl import class_report
-from backdoor_bench.errors import check_choice, check_flag, check_range
+from backdoor_bench.errors import DataError, check_choice, check_flag, check_range
 from backdoor_bench.inference import predict
 from backdoor_bench.models.classifier import Classifier
-from backdoor_bench.removal.common import clean_rows, flagged_rows, fresh_copy, recipe
+from backdoor_bench.removal.common import clean_rows, flagged_rows, fresh_copy
 from backdoor_bench.storage import Checkpoints, digest
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.fit import fit, shuffled
 from backdoor_bench.training.interrupt import raise_if_requested
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, DefenseResult, Facts, ImageSet, IsolationMethod
+
+SGD_LR = 0.1  # where the victim's rate is another optimiser's; specs/seed_defenses.md 4.6
 
 
 @dataclass(frozen=True)
 class MeCa:
-    """epochs (E_s) to augment: the recipe of the training on the clean samples. relabel: fine-tune on the relabelled
-    samples as well, for ``relearn_epochs`` at ``relearn_lr`` (cosine), the rest as in training."""
+    """epochs (E_s) to augment: the recipe of the training on the clean samples; lr None: the victim's where it is trained
+    by SGD, else ``SGD_LR``. relabel: fine-tune on the relabelled samples as well, for ``relearn_epochs`` at ``relearn_lr``
+    (cosine), the rest as in training. on_empty: what an empty clean set gives: victim (the undefended model, with a
+    warning) | stop."""
 
     isolation: IsolationMethod
     epochs: int
-    lr: float
+    lr: float | None
     momentum: float
     weight_decay: float
     batch_size: int
@@ -47,26 +53,29 @@ class MeCa:
     relabel: bool
     relearn_epochs: int
     relearn_lr: float
+    on_empty: str
 
     def __post_init__(self) -> None:
         key = "defense."
         for name in ("epochs", "relearn_epochs"):
             check_range(key + name, getattr(self, name), 1, 100_000, integer=True)
-        for name in ("lr", "relearn_lr"):
-            check_range(key + name, getattr(self, name), 0, 1000, low_open=True)
+        if self.lr is not None:
+            check_range(key + "lr", self.lr, 0, 1000, low_open=True)
+        check_range(key + "relearn_lr", self.relearn_lr, 0, 1000, low_open=True)
         check_range(key + "momentum", self.momentum, 0, 1, high_open=True)
         check_range(key + "weight_decay", self.weight_decay, 0, 1)
         check_range(key + "batch_size", self.batch_size, 1, 1_000_000, integer=True)
         check_choice(key + "schedule", self.schedule, ("cosine", "constant"))
         for name in ("augment", "relabel"):
             check_flag(key + name, getattr(self, name))
+        check_choice(key + "on_empty", self.on_empty, ("victim", "stop"))
 
     def check(self, facts: Facts) -> None:
         self.isolation.check(facts)
 
     def defend(self, view: DefenderView) -> DefenseResult:
-        """The model trained on the clean samples. With an empty clean set, which is warned of, the undefended model, and
-        ``extra["outcome"]`` says so; with nothing flagged, a model trained on all."""
+        """The model trained on the clean samples; with nothing flagged, a model trained on all. With an empty clean set,
+        which is warned of, the undefended model, and ``extra["outcome"]`` says so, or DataError."""
         isolation = self.isolation.isolate(view)
         raise_if_requested()
         rows = clean_rows(isolation)
@@ -75,6 +84,8 @@ class MeCa:
         extra = {**isolation.extra, **class_report(view, clean), "outcome": "trained on the clean set"}
         model: nn.Module
         if not len(rows):
+            if self.on_empty == "stop":
+                raise DataError("the clean set is empty: nothing is left to train on (defense.on_empty=stop)")
             view.progress.warn("no sample is left to train on: the undefended model is returned as it is")
             extra["outcome"] = "clean set empty: the undefended model"
             model = view.victim()
@@ -92,7 +103,7 @@ class MeCa:
 
     def _trained(self, view: DefenderView, rows: Tensor, split: str) -> Classifier:
         """A fresh model trained on these rows with their labels as given."""
-        config = self._recipe(view, self.epochs, self.lr, self.schedule)
+        config = self._training(view)
         settings = {"recipe": config.key(), "split": split}
         return _fitted(view, "retrain", view.new_model(view.num_classes), view.train, rows, config, settings)
 
@@ -106,12 +117,16 @@ class MeCa:
         labels = given.clone()
         labels[flagged.to(labels.device)] = predictions.to(labels.device)
         config = self._recipe(view, self.relearn_epochs, self.relearn_lr, "cosine")
-        before = self._recipe(view, self.epochs, self.lr, self.schedule)
-        settings = {"recipe": config.key(), "before": before.key(), "split": split}
+        settings = {"recipe": config.key(), "before": self._training(view).key(), "split": split}
         data = ImageSet(view.train.images, labels, view.num_classes, view.train.augment)
         both = torch.cat([rows, flagged]).unique()
         relearned = _fitted(view, "relearn", fresh_copy(model), data, both, config, settings)
         return relearned, int((labels != given).sum())
+
+    def _training(self, view: DefenderView) -> TrainConfig:
+        """The recipe of the training on the clean samples."""
+        victims = view.train_config.lr if view.train_config.optimizer == "sgd" else SGD_LR
+        return self._recipe(view, self.epochs, victims if self.lr is None else self.lr, self.schedule)
 
     def _recipe(self, view: DefenderView, epochs: int, lr: float, schedule: str) -> TrainConfig:
         return recipe(

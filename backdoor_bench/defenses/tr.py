@@ -5,15 +5,16 @@ lambda1 (MSE of the reconstructed images + lambda2 x their total variation). The
 easy trigger is learnt in the head. Stage 2 (``replace``) is the removal ``replace_head``: stem frozen, new head, clean
 holdout (specs/seed_defenses.md 2).
 
-The reconstruction is compared with the augmented image in [0, 1]. Without it (``lambda1=0``) stage 1 is plain training,
-so the shared victim is taken; the authors take a normally trained network too. What the paper leaves open, and where
-its code says something else, is documented at ``removal.replace_head`` and in the two YAML files.
+The reconstruction is compared with what the network was given: the augmented images in [0, 1], or those that the loss of
+an attacker who owns the training made of them. Without it (``lambda1=0``) stage 1 is plain training, so the shared victim
+is taken; the authors take a normally trained network too. What the paper leaves open, and where its code says something
+else, is documented at ``removal.replace_head`` and in the two YAML files.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -25,27 +26,30 @@ from backdoor_bench.errors import ConfigError, check_flag, check_range
 from backdoor_bench.inference import forward_all
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.models.decoder import Decoder, build_decoder
-from backdoor_bench.removal.replace_head import ReplaceHead, split_block, split_table
+from backdoor_bench.removal.replace_head import ReplaceHead, check_split, split_block, split_table
 from backdoor_bench.storage import Checkpoints
 from backdoor_bench.training.fit import Batch, LossFn, fit
 from backdoor_bench.training.interrupt import raise_if_requested
 from backdoor_bench.training.seeds import derive, generator
-from backdoor_bench.types import DefenderView, DefenseResult, Facts, FeatureScatter, Figure, ImageRows, ImageSet
+from backdoor_bench.types import DefenderView, DefenseResult, Facts, FeatureScatter, Figure, ImageSet, Reconstructions
 
-SHOWN = 10  # reconstructed images in the picture
+MEASURED = 2000  # training images on which the reconstruction is measured where there is no holdout
+TERMS = ("ce", "mse", "tv")  # of the loss, told apart in the curve; ce is the loss of plain training
 
 
 @dataclass(frozen=True)
 class TrapAndReplace:
     """split: where the head begins, see ``removal.replace_head.split_block``. lambda1, lambda2: weights of the
     reconstruction and of its total variation. train_on_holdout: stage 1 sees the holdout too. replace: whether there is
-    a second stage; removal: that stage."""
+    a second stage; removal: that stage, at the same split. compare_with_victim: draw the stem features of the undefended
+    model, too, which is trained for it."""
 
     split: str | int
     lambda1: float
     lambda2: float
     train_on_holdout: bool
     replace: bool
+    compare_with_victim: bool
     removal: ReplaceHead
 
     honours_train_loss = True  # in stage 1; stage 2 trains on the defender's own data
@@ -53,11 +57,17 @@ class TrapAndReplace:
     def __post_init__(self) -> None:
         check_range("defense.lambda1", self.lambda1, 0, float("inf"), high_open=True)
         check_range("defense.lambda2", self.lambda2, 0, float("inf"), high_open=True)
-        check_flag("defense.train_on_holdout", self.train_on_holdout)
-        check_flag("defense.replace", self.replace)
-        if not isinstance(self.removal, ReplaceHead) or self.removal.split != self.split:
+        for name in ("train_on_holdout", "replace", "compare_with_victim"):
+            check_flag(f"defense.{name}", getattr(self, name))
+        if not isinstance(self.removal, ReplaceHead):
             raise ConfigError(
-                "defense=tr takes its removal as it is: set defense.split, and leave defense.removal.split"
+                "defense=tr takes defense.removal=replace_head, its second stage, and no other: "
+                f"{type(self.removal).__name__} was given"
+            )
+        if self.removal.split not in ("auto", self.split):
+            raise ConfigError(
+                f"defense.removal.split={self.removal.split!r} is not allowed with defense.split={self.split!r}: both "
+                "stages of defense=tr share one split, so set defense.split alone"
             )
 
     def check(self, facts: Facts) -> None:
@@ -65,6 +75,12 @@ class TrapAndReplace:
             raise ConfigError(
                 "defense=tr needs a clean holdout: set holdout.size=... (Trap and Replace: 5 % of the training set)"
             )
+        if self.train_on_holdout and facts.holdout_source == "seen":
+            raise ConfigError(
+                "defense.train_on_holdout=true is not allowed with holdout.source=seen, where the holdout is part of the "
+                "training set already: leave it false, or set holdout.source=reserved"
+            )
+        check_split(facts, self.split, "defense.split")
 
     def defend(self, view: DefenderView) -> DefenseResult:
         untrained = view.new_model(view.num_classes)
@@ -74,12 +90,12 @@ class TrapAndReplace:
         settings["block"] = block
         model, decoder = self._trapped(view, untrained, block, settings)
         extra: dict[str, Any] = {"split": block, "layers": counts.get(block)}
-        if decoder is not None and view.holdout is not None:
-            extra["holdout_reconstruction_mse"] = self._mse(view, view.holdout, model.split(block)[0], decoder)
+        if decoder is not None:
+            extra |= self._measured(view, model.split(block)[0], decoder)
         self._show(view, model, decoder, block)
         raise_if_requested()
         if self.replace:
-            model = self.removal.replaced(view, model, "replace", settings)
+            model = replace(self.removal, split=self.split).replaced(view, model, "replace", settings)
         return DefenseResult(model=model, extra=extra)
 
     def _trapped(
@@ -95,10 +111,14 @@ class TrapAndReplace:
             channels, side = model.eval().split(block)[0](torch.zeros(1, 3, size, size)).shape[1:3]
         # Beside the classifier's parts: trained, checkpointed and stored with them, and no part of its output.
         model.decoder = build_decoder(channels, side, size, derive(seed, "tr decoder"))
-        model.to(view.device)
+        view.train_config.hardware.place(model)
+
+        steps: list[Tensor] = []  # of this epoch, a row of TERMS each
 
         def on_epoch_end(epoch: int, trained: nn.Module, loss: float) -> None:
-            view.probe(trained, stage="trap", epoch=epoch, detail={"loss": loss})
+            means = dict(zip(TERMS, torch.stack(steps).double().mean(0).tolist(), strict=False))
+            steps.clear()
+            view.probe(trained, stage="trap", epoch=epoch, detail={"loss": loss, **means})
 
         def train(checkpoints: Checkpoints) -> None:
             with watched(model, block) as seen:
@@ -109,7 +129,7 @@ class TrapAndReplace:
                     generator=generator(seed, "tr trap"),
                     stage="trap",
                     progress=view.progress,
-                    loss_fn=trap_loss(view.train_loss, seen, block, self.lambda1, self.lambda2),
+                    loss_fn=trap_loss(view.train_loss, seen, self.lambda1, self.lambda2, steps.append),
                     on_epoch_end=on_epoch_end,
                     checkpoints=checkpoints,
                 )
@@ -120,28 +140,30 @@ class TrapAndReplace:
         del model.decoder
         return model, decoder if self.lambda1 else None
 
-    def _mse(self, view: DefenderView, data: ImageSet, stem: nn.Module, decoder: Decoder) -> float:
+    def _measured(self, view: DefenderView, stem: nn.Module, decoder: Decoder) -> dict[str, Any]:
+        """The mean squared error of the reconstruction (T&R Table 8), and of which images."""
+
         def errors(images: Tensor) -> Tensor:
             return (decoder(stem(images)).float() - images).square().mean((1, 2, 3))
 
-        return forward_all(stem, data.images, view.train_config.hardware, errors).mean().item()
+        if view.holdout is not None:
+            images, source = view.holdout.images, "holdout, trained on too" if self.train_on_holdout else "holdout"
+        else:
+            rows = torch.linspace(0, len(view.train) - 1, min(MEASURED, len(view.train))).long()
+            images, source = view.train.images[rows], f"{len(rows)} training images"
+        found = forward_all(stem, images, view.train_config.hardware, errors).mean().item()
+        return {"reconstruction_mse": found, "reconstruction_mse_of": source}
 
     def _show(self, view: DefenderView, model: Classifier, decoder: Decoder | None, block: str) -> None:
-        """Figures 2 and 4: reconstructed training images; stem features, also of the victim if it is there anyway."""
+        """Figures 2 and 4: stem features; reconstructed test images."""
         figures: list[Figure] = []
         name = "without" if decoder is None else "with"
         figures.append(_scatter(model, block, f"{name}_reconstruction"))
         if decoder is not None:
             stem = model.split(block)[0]
-            rows = torch.linspace(0, len(view.train) - 1, min(SHOWN, len(view.train))).long()
-            images = view.train.images[rows]
-            made = forward_all(
-                stem, images, view.train_config.hardware, lambda batch: decoder(stem(batch)).float().clamp(0, 1)
-            )
-            shown = {"training image": images.cpu().float() / 255, "reconstructed": made}
             title = f"reconstructions after stage 1, lambda1 = {self.lambda1:g}, lambda2 = {self.lambda2:g}"
-            figures.append(ImageRows("tr_reconstructions", title, shown))
-            if view.victim.is_cached():
+            figures.append(Reconstructions("tr_reconstructions", title, lambda images: decoder(stem(images)).float()))
+            if self.compare_with_victim:
                 figures.append(_scatter(view.victim(), block, "without_reconstruction"))
         view.probe(stage="trap", epoch=view.train_config.epochs, detail={"figures": figures})
 
@@ -160,11 +182,6 @@ def total_variation(images: Tensor) -> Tensor:
     vertical = (images[..., 1:, :] - images[..., :-1, :]).square().sum()
     horizontal = (images[..., 1:] - images[..., :-1]).square().sum()
     return (vertical + horizontal) / images.numel()
-
-
-def reconstruction_loss(made: Tensor, images: Tensor, lambda2: float) -> Tensor:
-    """Mean squared error over all values + lambda2 x total variation of ``made``; both float [B, 3, H, W]."""
-    return F.mse_loss(made, images) + lambda2 * total_variation(made)
 
 
 @contextlib.contextmanager
@@ -192,22 +209,29 @@ def watched(model: Classifier, block: str) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def trap_loss(train_loss: LossFn, seen: dict[str, Tensor], block: str, lambda1: float, lambda2: float) -> LossFn:
-    """``train_loss`` + lambda1 x reconstruction_loss of the batch (T&R Eq. 1); the code's Lambda2 = lambda1 lambda2.
+def trap_loss(
+    train_loss: LossFn,
+    seen: dict[str, Tensor],
+    lambda1: float,
+    lambda2: float,
+    told: Callable[[Tensor], object] = lambda _: None,
+) -> LossFn:
+    """``train_loss`` + lambda1 (MSE + lambda2 TV) of the reconstruction (T&R Eq. 1); the code's Lambda2 = lambda1 lambda2.
 
-    seen: of ``watched``. A loss of the attacker's may send other images through the network, or more; the batch then
-    passes the stem once more.
+    seen: of ``watched``: what is reconstructed is what ``train_loss`` sent through the network last, which under a loss
+    of the attacker's may be other images than the batch's, or more. told: called with the values of TERMS, float32 [3] or,
+    without reconstruction, [1].
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         loss = train_loss(model, batch)
         if not lambda1:
+            told(loss.detach().float()[None])
             return loss
-        maps = seen["maps"]
-        if seen["images"] is not batch.images:
-            maps = cast(Classifier, model).split(block)[0](batch.images)
-        made = cast(nn.Module, model.decoder)(maps)
-        return loss + lambda1 * reconstruction_loss(made.float(), batch.images, lambda2)
+        images, made = seen["images"], cast(nn.Module, model.decoder)(seen["maps"]).float()
+        error, variation = F.mse_loss(made, images), total_variation(made)
+        told(torch.stack([loss, error, variation]).detach())
+        return loss + lambda1 * (error + lambda2 * variation)
 
     return loss_fn
 

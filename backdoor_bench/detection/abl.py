@@ -5,23 +5,24 @@ same gradients: specs/baseline_training_defenses.md 2.1), then samples are ranke
 NeurIPS 2021; bboylyg/ABL:backdoor_isolation.py; specs/baseline_removal_and_detection.md 5.3). As EBD's metric in place
 of FCT the samples of largest loss are trusted (EBD Fig. 4). That code does not shuffle the samples; here they are.
 
-The loss that is held up is always plain cross-entropy, also where an attack owns the loss of plain training.
+The loss that is held up is always its own, plain cross-entropy, also where an attack owns the loss of plain training: the
+attacker's loss would undo the isolation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.detection.distinguish import KEY, NO_AUGMENTATION, check_shares, split_by_rank
+from backdoor_bench.detection.distinguish import KEY, check_shares, split_by_rank
 from backdoor_bench.errors import check_choice, check_flag, check_range
 from backdoor_bench.inference import forward_all
 from backdoor_bench.storage import Checkpoints
-from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.fit import Batch, fit
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, Facts, Isolation, ScoreHistogram
 
@@ -59,7 +60,7 @@ class ABLIsolation:
     def __post_init__(self) -> None:
         check_range(KEY + "epochs", self.epochs, 1, 100_000, integer=True)
         check_choice(KEY + "loss", self.loss, ("lga", "flooding"))
-        check_range(KEY + "gamma", self.gamma, 0, float("inf"))
+        check_range(KEY + "gamma", self.gamma, 0, float("inf"), high_open=True)
         check_choice(KEY + "reduction", self.reduction, ("batch", "sample"))
         check_range(KEY + "lr", self.lr, 0, 1000, low_open=True)
         check_flag(KEY + "nesterov", self.nesterov)
@@ -73,7 +74,17 @@ class ABLIsolation:
 
     def isolate(self, view: DefenderView) -> Isolation:
         """The split by the loss; ``score`` is minus the loss, so that it is higher where more suspicious."""
-        config = self._recipe(view.train_config)
+        config = recipe(
+            view.train_config,
+            epochs=self.epochs,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            batch_size=self.batch_size,
+            schedule="constant",
+            nesterov=self.nesterov,
+            augment=False,
+        )
         model = view.new_model(view.num_classes)
         config.hardware.place(model)
 
@@ -98,7 +109,7 @@ class ABLIsolation:
             )
 
         def build() -> Mapping[str, Tensor]:
-            logits = forward_all(model, view.train.images, config.hardware)
+            logits = forward_all(model, view.train.images, config.hardware, exact=True)
             return {"loss": F.cross_entropy(logits.double(), view.train.labels.cpu(), reduction="none").float()}
 
         # The shares play no part in the training, so that a sweep over them is trained once.
@@ -110,21 +121,3 @@ class ABLIsolation:
         stream = generator(view.generator.initial_seed(), "abl ties")
         flagged, trusted = split_by_rank(-losses, self.alpha_c, self.alpha_p, stream)
         return Isolation(flagged, trusted, -losses)
-
-    def _recipe(self, base: TrainConfig) -> TrainConfig:
-        return replace(
-            base,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            drop_last=False,
-            optimizer="sgd",
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-            schedule="constant",
-            milestones=(),
-            warmup_epochs=0.0,
-            label_smoothing=0.0,
-            augment=NO_AUGMENTATION,
-        )

@@ -1,30 +1,29 @@
 """What EBD's sample distinguishment and its rivals share: the short training before, and the split by rank after.
 
 Optimiser and schedule go on from training into fine-tuning, as in SCLBD/Effective_backdoor_defense:
-finetune_attack_noTrans.py, and class centres are those of the batch (the paper: of the whole set). Deviations from that
-code: samples are split by rank (there by two thresholds, which lets any number of ties in), and a batch moves the batch
-norm statistics once in fine-tuning (there twice).
+finetune_attack_noTrans.py. Deviations that are not selectable: class centres are those of the batch, as in that code (the
+paper: of the whole set); samples are split by rank (in that code by two thresholds, which lets any number of ties in).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.errors import ConfigError, check_range
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.storage import Checkpoints
 from backdoor_bench.training.fit import Batch, fit
+from backdoor_bench.training.precision import full_float32
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView
 
 KEY = "defense.isolation."
 STAGE = "distinguish"
-NO_AUGMENTATION = Augmentation(crop_padding=0, flip=False, rotation=0.0, cutout=0)
 
 
 def intra_class_loss(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -33,7 +32,7 @@ def intra_class_loss(features: Tensor, labels: Tensor, num_classes: int) -> Tens
     features: float [B, D]; labels: int64 [B]; a centre is the mean feature of the samples with that label. A centre of
     zeros has cosine 0 (EBD Eq. 8 on a batch).
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with full_float32(features.device):
         members = F.one_hot(labels, num_classes).float()
         counts = members.sum(0)
         centres = members.T @ features.float() / counts.clamp(min=1)[:, None]
@@ -71,26 +70,24 @@ class EarlyTraining:
         check_range(key + "batch_size", self.batch_size, 1, 1_000_000, integer=True)
         check_range(key + "cosine_epochs", self.cosine_epochs, self.epochs, 100_000, integer=True)
 
-    def models(self, view: DefenderView, finetune_epochs: int = 0) -> tuple[Classifier, Classifier]:
+    def models(
+        self, view: DefenderView, finetune_epochs: int = 0, norm_passes: int = 1
+    ) -> tuple[Classifier, Classifier]:
         """(after ``epochs`` of training, after ``finetune_epochs`` more of the intra-class loss alone), in eval mode.
 
         Both are one cached stage. The last linear layer is not part of the intra-class loss and stays as it was.
+        norm_passes: how often a step of the fine-tuning moves the batch norms' statistics.
         """
-        config = replace(
+        config = recipe(
             view.train_config,
             epochs=self.cosine_epochs,
-            batch_size=self.batch_size,
-            drop_last=False,
-            optimizer="sgd",
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            nesterov=False,
+            batch_size=self.batch_size,
             schedule="cosine",
             schedule_unit="epoch",
-            milestones=(),
-            warmup_epochs=0.0,
-            augment=NO_AUGMENTATION,
+            augment=False,
         )
         pair = _Pair(view.new_model(view.num_classes), view.new_model(view.num_classes))
         config.hardware.place(pair)
@@ -98,6 +95,9 @@ class EarlyTraining:
         def loss_fn(_model: nn.Module, batch: Batch) -> Tensor:
             if batch.epoch < self.epochs:
                 return view.train_loss(pair.model, batch)
+            with torch.no_grad():
+                for _ in range(norm_passes - 1):
+                    pair.model.features(batch.images)
             return intra_class_loss(pair.model.features(batch.images), batch.labels, view.num_classes)
 
         def on_epoch_end(epoch: int, _model: nn.Module, loss: float) -> None:
@@ -120,7 +120,8 @@ class EarlyTraining:
                 stop_after=self.epochs + finetune_epochs,
             )
 
-        settings = {"recipe": config.key(), "epochs": self.epochs, "finetune_epochs": finetune_epochs}
+        finetuning = {"finetune_epochs": finetune_epochs, "norm_passes": norm_passes}
+        settings = {"recipe": config.key(), "epochs": self.epochs, **finetuning}
         view.stages.fitted(STAGE, pair, train, settings)
         pair.eval()
         return pair.before, pair.model
@@ -155,10 +156,10 @@ def split_by_rank(
         mask[rows] = True
         return mask
 
-    flagged = picked(order[count - _floor(alpha_p, count) :])
-    return flagged, None if alpha_c is None else picked(order[: _floor(alpha_c, count)])
+    flagged = picked(order[count - count_of(alpha_p, count) :])
+    return flagged, None if alpha_c is None else picked(order[: count_of(alpha_c, count)])
 
 
-def _floor(share: float, count: int) -> int:
-    """0.29 * 100 is 28.999...96 in floating point, and 29 samples are meant."""
+def count_of(share: float, count: int) -> int:
+    """floor(share * count); 0.29 * 100 is 28.999...96 in floating point, and 29 samples are meant."""
     return int(share * count + 1e-6)

@@ -1,7 +1,7 @@
 """MeCa's score Q: how much a prediction changes when a random patch is taken over by a small step along the gradient.
 
 Poisoned samples hardly react, clean ones do (MeCa 4.2.1, Eq. 3; readings: specs/seed_defenses.md 4.3). Computed in full
-precision: bf16 has too few digits for it.
+precision, without TF32: bf16 and TF32 have too few digits for it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.inference import BATCH_CPU, BATCH_GPU
+from backdoor_bench.inference import BATCH_CPU
 from backdoor_bench.training.hardware import Hardware
 from backdoor_bench.training.interrupt import raise_if_requested
+from backdoor_bench.training.precision import full_float32
 from backdoor_bench.triggers.rows import uniform_of_rows
 from backdoor_bench.types import ImageSet
+
+BATCH = 256  # the gradient keeps every map of a batch, in float32: inference takes more at a time
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class KLScore:
     def of_set(self, model: nn.Module, data: ImageSet, hardware: Hardware, seed: int, purpose: str) -> Tensor:
         """Q float32 [N] on the CPU of all images; seed, purpose: what the places of the patches follow from."""
         device = torch.device(hardware.device)
-        size = BATCH_CPU if hardware.device == "cpu" else BATCH_GPU
+        size = BATCH_CPU if hardware.device == "cpu" else BATCH
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         parts = []
@@ -73,7 +76,8 @@ class KLScore:
                 index = torch.arange(start, start + len(images))
                 mask = square_masks(index, images.shape[2], images.shape[3], self.patch, seed, purpose).to(device)
                 labels = data.labels[start : start + size].to(device)
-                parts.append(self.of_batch(model, images, labels, mask))
+                with full_float32(device):
+                    parts.append(self.of_batch(model, images, labels, mask))
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -24,6 +24,8 @@ class OracleIsolation:
     poison_share: float
     clean_share: float
 
+    honours_train_loss = True  # it trains nothing
+
     def __post_init__(self) -> None:
         check_range("defense.isolation.poison_share", self.poison_share, 0, 1)
         check_range("defense.isolation.clean_share", self.clean_share, 0, 1, low_open=True)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from backdoor_bench.detection.distinguish import KEY, STAGE, EarlyTraining, check_shares, split_by_rank
-from backdoor_bench.errors import check_range
+from backdoor_bench.errors import ConfigError, check_range
 from backdoor_bench.inference import forward_all
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, Facts, Isolation, ScoreHistogram
@@ -45,9 +45,16 @@ class SCEIsolation:
     alpha_c: float | None
     alpha_p: float
 
+    honours_train_loss = True  # see EarlyTraining
+
     def __post_init__(self) -> None:
-        check_range(KEY + "ce_weight", self.ce_weight, 0, float("inf"))
-        check_range(KEY + "rce_weight", self.rce_weight, 0, float("inf"))
+        for name in ("ce_weight", "rce_weight"):
+            check_range(KEY + name, getattr(self, name), 0, float("inf"), high_open=True)
+        if not (self.ce_weight or self.rce_weight):
+            raise ConfigError(
+                f"{KEY}ce_weight={self.ce_weight} and {KEY}rce_weight={self.rce_weight} are not allowed together: the "
+                "loss would be 0 for every sample"
+            )
         check_range(KEY + "label_floor", self.label_floor, 0, 1, low_open=True, high_open=True)
         check_shares(self.alpha_c, self.alpha_p)
 
@@ -59,7 +66,7 @@ class SCEIsolation:
         weights = (self.ce_weight, self.rce_weight, self.label_floor)
 
         def build() -> Mapping[str, Tensor]:
-            logits = forward_all(model, view.train.images, view.train_config.hardware)
+            logits = forward_all(model, view.train.images, view.train_config.hardware, exact=True)
             return {"score": symmetric_cross_entropy(logits, view.train.labels.cpu(), *weights)}
 
         score = view.stages.tensors(STAGE, build, {"sce": asdict(self.training), "weights": weights})["score"]

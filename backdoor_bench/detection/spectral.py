@@ -55,6 +55,8 @@ class SpectralIsolation:
     alpha_c: float | None
     alpha_p: float
 
+    honours_train_loss = True  # it reads the undefended model, or see EarlyTraining
+
     def __post_init__(self) -> None:
         check_flag(KEY + "centered", self.centered)
         check_flag(KEY + "per_class", self.per_class)
@@ -68,7 +70,7 @@ class SpectralIsolation:
         model = view.victim() if self.training is None else self.training.models(view)[0]
 
         def build() -> Mapping[str, Tensor]:
-            features = extract_features(model, view.train, view.train_config.hardware)
+            features = extract_features(model, view.train, view.train_config.hardware, exact=True)
             return {"score": spectral_scores(features, labels, self.centered)}
 
         training = None if self.training is None else asdict(self.training)

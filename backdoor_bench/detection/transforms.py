@@ -3,7 +3,7 @@
 Each gives what torchvision's transform of that name gives with the same parameters, on the uint8 image (EBD sec. 3.1;
 SCLBD/Effective_backdoor_defense:utils/dataloader_bd.py): nearest pixels, black outside. The parameters of a row are
 hashes of seed and row number, so that they do not depend on batches, on the device or on what else was drawn. There,
-``erase`` as the last step leaves its noise unbounded; here it is clipped to pixels always.
+``erase`` as the last step leaves its noise unbounded; here it is clipped to pixels always (not selectable).
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ class TrapIsolation:
     reducer: str
     embedding: EmbeddingSettings
 
+    honours_train_loss = True  # it reads the undefended training
+
     def __post_init__(self) -> None:
         key = "defense.isolation."
         check_range(key + "detect_epochs", self.detect_epochs, 1, 100_000, integer=True)

@@ -1,24 +1,21 @@
-"""What the removal modules share: their own recipe on top of the victim's, and a start from a copy of the victim."""
+"""What the removal modules share: the keys of their own recipe, a start from a copy of the victim, the cached training."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench.data.augment import Augmentation
-from backdoor_bench.errors import check_choice, check_flag, check_range
+from backdoor_bench.errors import DataError, check_choice, check_flag, check_range
 from backdoor_bench.models.classifier import Classifier
 from backdoor_bench.storage import Checkpoints, digest
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.fit import fit
 from backdoor_bench.types import DefenderView, ImageSet, Isolation
 
-NO_AUGMENTATION = Augmentation(crop_padding=0, flip=False, rotation=0.0, cutout=0)
 KEY = "defense.removal."
 
 
@@ -50,39 +47,6 @@ def check_recipe(values: Recipe) -> None:
     check_range(KEY + "batch_size", values.batch_size, 1, 1_000_000, integer=True)
     check_choice(KEY + "schedule", values.schedule, ("cosine", "constant"))
     check_flag(KEY + "augment", values.augment)
-
-
-def recipe(
-    base: TrainConfig,
-    *,
-    epochs: int,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    batch_size: int,
-    schedule: str,
-    nesterov: bool = False,
-    augment: bool = True,
-) -> TrainConfig:
-    """The victim's recipe with SGD and these values; ``augment=False`` turns augmentation off."""
-    return replace(
-        base,
-        epochs=epochs,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        drop_last=False,
-        optimizer="sgd",
-        nesterov=nesterov,
-        schedule=schedule,
-        milestones=(),
-        warmup_epochs=0.0,
-        warmup_from=0.0,
-        lr_min=0.0,
-        label_smoothing=0.0,
-        augment=base.augment if augment else NO_AUGMENTATION,
-    )
 
 
 def run_removal(
@@ -136,6 +100,19 @@ def clean_rows(isolation: Isolation) -> Tensor:
     """int64 rows taken as clean: ``trusted`` where the isolation picked some, else all that is not flagged."""
     trusted = isolation.trusted if isolation.trusted is not None else ~isolation.flagged
     return trusted.nonzero().flatten()
+
+
+def some_clean_rows(isolation: Isolation) -> Tensor:
+    """clean_rows, or DataError where there is none: nothing could then be learnt."""
+    rows = clean_rows(isolation)
+    if not len(rows):
+        reason = (
+            "every training sample is flagged"
+            if isolation.trusted is None
+            else "the isolation trusts no sample (raise its share of trusted ones, defense.isolation.alpha_c)"
+        )
+        raise DataError(f"{reason}: there is nothing from which the classes could be learnt")
+    return rows
 
 
 def flagged_rows(isolation: Isolation) -> Tensor:

@@ -6,16 +6,17 @@ class C instead of the target (TRAP sec. IV-B). Prediction is the argmax over C+
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
 from backdoor_bench.errors import check_flag
 from backdoor_bench.models.classifier import Classifier, replace_head
-from backdoor_bench.removal.common import KEY, check_recipe, recipe, run_removal
+from backdoor_bench.removal.common import KEY, check_recipe, run_removal
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import generator
-from backdoor_bench.types import DefenderView, Facts, ImageSet, Isolation
+from backdoor_bench.types import DefenderView, Facts, Isolation
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Hiding:
         if not isolation.flagged.any():
             view.progress.warn(
                 "nothing is flagged: hiding is skipped and the victim is returned as it is; this does not prove the data "
-                "clean: look at the pictures of the maps, and try a smaller defense.isolation.eps"
+                "clean: look at the pictures of the isolation, and try other values of defense.isolation"
             )
             return model
         values = asdict(self)
         drop_dummy = values.pop("drop_dummy")
         labels = view.train.labels.clone()
         labels[isolation.flagged.to(labels.device)] = view.num_classes
-        data = ImageSet(view.train.images, labels, view.num_classes + 1)
+        data = replace(view.train, labels=labels, num_classes=view.num_classes + 1)
         stream = generator(view.generator.initial_seed(), "hiding")
         hidden = replace_head(model, view.num_classes + 1, stream)
         hidden = run_removal(

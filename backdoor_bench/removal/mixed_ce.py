@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from backdoor_bench.errors import check_range
 from backdoor_bench.models.classifier import Classifier, replace_head
-from backdoor_bench.removal.common import KEY, check_recipe, clean_rows, flagged_rows, recipe, run_removal
+from backdoor_bench.removal.common import KEY, check_recipe, flagged_rows, run_removal, some_clean_rows
 from backdoor_bench.training.fit import Batch, shuffled
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, Facts, Isolation
 
@@ -46,16 +47,20 @@ class MixedCE:
 
     def __post_init__(self) -> None:
         check_recipe(self)
-        check_range(KEY + "lambda_p", self.lambda_p, 0, float("inf"))
+        check_range(KEY + "lambda_p", self.lambda_p, 0, float("inf"), high_open=True)
 
     def check(self, facts: Facts) -> None:
         """Nothing to refuse: works on any data."""
 
     def remove(self, view: DefenderView, model: Classifier, isolation: Isolation) -> nn.Module:
-        """A copy of the model with a new last layer; the model itself if nothing is flagged."""
+        """A copy of the model with a new last layer; the model itself if nothing is flagged.
+
+        Raises DataError if there is no clean sample: the new layer could only unlearn.
+        """
         if not isolation.flagged.any():
             view.progress.warn("nothing is flagged: mixed cross-entropy is skipped and the victim is returned as it is")
             return model
+        rows = torch.cat([some_clean_rows(isolation), flagged_rows(isolation)]).unique()
         values = asdict(self)
         lambda_p = values.pop("lambda_p")
         is_flagged = isolation.flagged.to(view.device)
@@ -64,7 +69,6 @@ class MixedCE:
         def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
             return mixed_cross_entropy(model(batch.images), batch.labels, is_flagged[batch.index], lambda_p)
 
-        rows = torch.cat([clean_rows(isolation), flagged_rows(isolation)]).unique()
         return run_removal(
             view,
             replace_head(model, view.num_classes, stream),

@@ -27,7 +27,7 @@ from backdoor_bench.storage import Checkpoints
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.fit import Batch, LossFn, fit
 from backdoor_bench.training.seeds import generator
-from backdoor_bench.types import DefenderView, Facts, Isolation
+from backdoor_bench.types import DefenderView, Facts, ImageSet, Isolation
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ class HeadRecipe:
             check_flag(key + name, getattr(self, name))
 
     def on(self, base: TrainConfig, label_smoothing: float) -> TrainConfig:
-        """``base`` with the values given here."""
+        """``base`` with the values given here; the ends of its schedule are dropped where lr or schedule is given."""
         given = {name: value for name, value in asdict(self).items() if value is not None and name != "cutmix"}
         warmup = min(base.warmup_epochs, given.get("epochs", base.epochs))
+        if "lr" in given or "schedule" in given:
+            given |= {"lr_min": 0.0, "warmup_from": 0.0}
         return replace(base, label_smoothing=label_smoothing, warmup_epochs=warmup, **given)
 
 
@@ -96,6 +98,7 @@ class ReplaceHead:
     def check(self, facts: Facts) -> None:
         if facts.holdout_size == 0:
             raise ConfigError("defense.removal=replace_head needs a clean holdout: set holdout.size=...")
+        check_split(facts, self.split, KEY + "split")
 
     def remove(self, view: DefenderView, model: Classifier, isolation: Isolation) -> nn.Module:
         """A copy of the model with a new head. Only the holdout is used, so the isolation changes nothing."""
@@ -108,12 +111,14 @@ class ReplaceHead:
         """
         holdout = view.holdout
         assert holdout is not None  # check()
+        self._warn_of_unseen_classes(view, holdout)
         block = split_block(model, self.split, KEY + "split")
         chosen = self.recipes[self.stage2]
         config = chosen.on(view.train_config, self.label_smoothing)
         seed = view.generator.initial_seed()
         fresh = view.new_model(view.num_classes)
-        new = with_new_head(model, block, fresh, generator(seed, "new head")).to(view.device)
+        new = with_new_head(model, block, fresh, generator(seed, "new head"))
+        config.hardware.place(new)
 
         def on_epoch_end(epoch: int, trained: nn.Module, loss: float) -> None:
             view.probe(trained, stage=stage, epoch=epoch, detail={"loss": loss})
@@ -143,6 +148,16 @@ class ReplaceHead:
         }
         view.stages.fitted(stage, new, train, settings)
         return new.eval()
+
+    def _warn_of_unseen_classes(self, view: DefenderView, holdout: ImageSet) -> None:
+        counts = torch.bincount(holdout.labels.cpu(), minlength=view.num_classes)
+        unseen = (counts == 0).nonzero().flatten().tolist()
+        if unseen:
+            names = ", ".join(map(str, unseen[:10])) + (", ..." if len(unseen) > 10 else "")
+            view.progress.warn(
+                f"the holdout of {len(holdout)} images has none of class {names}: a new head cannot know that class, and an "
+                "ASR of 0 then proves nothing; raise holdout.size"
+            )
 
 
 def split_table(model: Classifier) -> dict[str, str]:
@@ -185,6 +200,12 @@ def split_block(model: Classifier, split: str | int, key: str) -> str:
         f"{key}={split!r} is not allowed with this model: choose auto, a split by layers ({', '.join(table)}) or the last "
         f"block of the stem ({', '.join(model.block_names)})"
     )
+
+
+def check_split(facts: Facts, split: str | int, key: str) -> None:
+    """Raise ConfigError if the chosen network cannot be split there; ``auto`` can be found in any."""
+    if split != "auto" and facts.outline is not None:
+        split_block(facts.outline(), split, key)
 
 
 def with_new_head(model: Classifier, block: str, fresh: Classifier, stream: torch.Generator) -> Classifier:

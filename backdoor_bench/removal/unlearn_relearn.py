@@ -1,9 +1,12 @@
 """D-BR's repair: in each round one pass of ascent on the flagged samples, then one of descent on the clean ones.
 
 One new optimiser serves both passes, the model is in train mode, and augmentation is drawn anew in each (EBD Algorithm 4,
-Eqs. 4, 5; SCLBD/Effective_backdoor_defense:unlearn_relearn.py). That code keeps the round with the best test ACC - ASR;
-here the last round counts. It also augments CIFAR-100 by the crop alone in these rounds, where ``augment`` means the
-victim's own augmentation.
+Eqs. 4, 5; SCLBD/Effective_backdoor_defense:unlearn_relearn.py). Where one of the two sets is empty (EBD Fig. 13 begins
+with no sample in it) the rounds are the other pass alone.
+
+Two deviations from that code are not selectable. It keeps the round with the best test ACC - ASR; here the last round
+counts. It also augments CIFAR-100 by the crop alone in these rounds, where ``augment`` means the victim's own
+augmentation.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from torch import Tensor, nn
 
 from backdoor_bench.errors import check_choice
 from backdoor_bench.models.classifier import Classifier
-from backdoor_bench.removal.common import KEY, check_recipe, clean_rows, flagged_rows, fresh_copy, recipe, run_removal
+from backdoor_bench.removal.common import KEY, check_recipe, clean_rows, flagged_rows, fresh_copy, run_removal
 from backdoor_bench.training.fit import Batch, shuffled
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, Facts, Isolation
 
@@ -43,22 +47,25 @@ class UnlearnRelearn:
         """Nothing to refuse: works on any data."""
 
     def remove(self, view: DefenderView, model: Classifier, isolation: Isolation) -> nn.Module:
-        """A repaired copy of the model; the model itself if a pass of the rounds has no sample."""
-        poisoned, clean = flagged_rows(isolation), clean_rows(isolation)
-        nothing_to_unlearn = self.rounds != "relearn" and not len(poisoned)
-        nothing_to_relearn = self.rounds != "unlearn" and not len(clean)
-        if nothing_to_unlearn or nothing_to_relearn:
-            which = "nothing is flagged" if nothing_to_unlearn else "no sample is trusted"
-            view.progress.warn(f"{which}: unlearning and relearning are skipped and the victim is returned as it is")
+        """A repaired copy of the model; the model itself if no pass of the rounds has a sample."""
+        passes = [
+            ("unlearning", "nothing is flagged", flagged_rows(isolation)),
+            ("relearning", "no sample is trusted", clean_rows(isolation)),
+        ]
+        wanted = {"both": passes, "unlearn": passes[:1], "relearn": passes[1:]}[self.rounds]
+        usable = [(name, rows) for name, _, rows in wanted if len(rows)]
+        if len(usable) < len(wanted):
+            reasons = " and ".join(reason for _, reason, rows in wanted if not len(rows))
+            left = f"the rounds are {usable[0][0]} alone" if usable else "the victim is returned as it is"
+            view.progress.warn(f"{reasons}: {left}")
+        if not usable:
             return model
-        values = asdict(self)
-        rounds = values.pop("rounds")
-        unlearn, relearn = shuffled(poisoned, self.batch_size), shuffled(clean, self.batch_size)
+        shuffles = [shuffled(rows, self.batch_size) for _, rows in usable]
         ascends = isolation.flagged.to(view.device)
+        values = {name: value for name, value in asdict(self).items() if name != "rounds"}
 
         def order(epoch: int, stream: torch.Generator) -> list[Tensor]:
-            first = unlearn(epoch, stream) if rounds != "relearn" else []
-            return first + (relearn(epoch, stream) if rounds != "unlearn" else [])
+            return [batch for one_pass in shuffles for batch in one_pass(epoch, stream)]
 
         def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
             # A batch holds samples of one pass only, so its first one tells the direction.

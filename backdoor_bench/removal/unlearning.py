@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoor_bench.errors import check_flag
+from backdoor_bench.errors import ConfigError, check_flag
 from backdoor_bench.models.classifier import Classifier
-from backdoor_bench.removal.common import KEY, check_recipe, flagged_rows, fresh_copy, recipe, run_removal
+from backdoor_bench.removal.common import KEY, check_recipe, flagged_rows, fresh_copy, run_removal
 from backdoor_bench.training.fit import Batch, shuffled
+from backdoor_bench.training.recipes import recipe
 from backdoor_bench.training.seeds import generator
 from backdoor_bench.types import DefenderView, Facts, Isolation
 
@@ -39,6 +40,8 @@ class Unlearning:
     def __post_init__(self) -> None:
         check_recipe(self)
         check_flag(KEY + "nesterov", self.nesterov)
+        if self.nesterov and not self.momentum:
+            raise ConfigError(f"{KEY}nesterov=true is not allowed with {KEY}momentum=0: set a momentum above 0")
 
     def check(self, facts: Facts) -> None:
         """Nothing to refuse: works on any data."""

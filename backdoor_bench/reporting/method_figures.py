@@ -21,6 +21,7 @@ from backdoor_bench.reporting.figures import (
     _RIGHT,
     _array,
     _bare,
+    _by_class,
     _dots,
     _figure,
     _legend,
@@ -36,9 +37,12 @@ from backdoor_bench.types import (
     Images,
     ImageSet,
     LossLandscape,
+    Reconstructions,
+    SampleMap,
     ScoreHistogram,
     SplitGrid,
     StoredCase,
+    TestCase,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +72,10 @@ def draw(figure: Figure, path: Path, evaluator: Evaluator, train: ImageSet, clas
         return _split_grid(figure, path, evaluator)
     if isinstance(figure, FeatureScatter):
         return _feature_scatter(figure, path, evaluator, class_names)
+    if isinstance(figure, SampleMap):
+        return _sample_map(figure, path, evaluator, train, class_names)
+    if isinstance(figure, Reconstructions):
+        return _reconstructions(figure, path, evaluator)
     return _loss_landscape(figure, path, evaluator, train, class_names)
 
 
@@ -162,6 +170,32 @@ def _image_rows(figure: ImageRows, path: Path) -> Path:
             axis.imshow(pixels[column], interpolation="nearest")
         axes[row, 0].set_ylabel(_text(name, 18), fontsize=9)
     return _save(canvas, path)
+
+
+def _reconstructions(figure: Reconstructions, path: Path, evaluator: Evaluator) -> Path | None:
+    """Test images without and with trigger, of the same rows where these are known, each above what is made of them."""
+    stamped = next((case for case in evaluator.stamped() if len(case.wanted)), None)
+    parts: dict[str, Tensor] = {}
+    if evaluator.test is not None:
+        rows = torch.arange(len(evaluator.test))
+        if stamped is not None and isinstance(stamped.case, TestCase):
+            rows = stamped.case.pool(evaluator.test.labels).nonzero().flatten()
+        parts["clean"] = evaluator.test.images[rows[_spread(len(rows))]]
+    if stamped is not None:
+        parts["triggered"] = stamped.images[_spread(len(stamped.wanted))]
+    if not parts:
+        return None
+    shown: dict[str, Tensor] = {}
+    for name, images in parts.items():
+        # figure.made is no module: the mode of its network is the method's business.
+        made = forward_all(nn.Identity(), images, evaluator.hardware, figure.made)
+        shown |= {name: images.cpu().float() / 255, f"{name}, decoded": made}
+    return _image_rows(ImageRows(figure.name, figure.title, shown), path)
+
+
+def _spread(count: int) -> Tensor:
+    """int64, up to MAX_COLUMNS places evenly over ``count``."""
+    return torch.linspace(0, count - 1, min(MAX_COLUMNS, count)).long()
 
 
 # ------------------------------------------------------------------ splits
@@ -280,6 +314,30 @@ def principal_components(features: Tensor) -> tuple[NDArray[np.float64], tuple[f
     points[:, :kept] = left[:, :kept] * scale[:kept]
     shares[:kept] = scale[:kept] ** 2 / max(float((scale**2).sum()), 1e-30)
     return points, (float(shares[0]), float(shares[1]))
+
+
+def _sample_map(
+    figure: SampleMap, path: Path, evaluator: Evaluator, train: ImageSet, class_names: Sequence[str]
+) -> Path:
+    truth = evaluator.truth.is_poisoned
+    poisoned = None if truth is None else _array(truth[figure.rows]).astype(bool)
+    labels = _array(train.labels.cpu()[figure.rows])
+    panels = {name: _array(points).astype(np.float64) for name, points in figure.panels.items()}
+    together = np.concatenate(list(panels.values()))
+    middle, reach = (together.max(0) + together.min(0)) / 2, 0.54 * max(float(np.ptp(together, axis=0).max()), 1e-6)
+    size = float(np.clip(25_000 / len(labels), 1.2, 14))
+    nowhere, everywhere = np.zeros(len(labels), dtype=bool), np.ones(len(labels), dtype=bool)
+
+    canvas = _figure(6.0 * len(panels), 6.9, figure.title)
+    axes = canvas.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, points) in zip(axes, panels.items(), strict=True):
+        _by_class(axis, points, labels, class_names, poisoned, nowhere, everywhere, size)
+        axis.set_xlim(middle[0] - reach, middle[0] + reach)
+        axis.set_ylim(middle[1] - reach, middle[1] + reach)
+        axis.set_aspect("equal", adjustable="datalim")
+        _bare(axis)
+        axis.set_title(_text(name, 60), fontsize=11)
+    return _save(canvas, path)
 
 
 # ------------------------------------------------------------------ loss

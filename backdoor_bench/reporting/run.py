@@ -18,6 +18,7 @@ from backdoor_bench.types import Dataset, DefenseResult, Figure, PoisonedSet
 FLAGGED_SHOWN = 64
 CURVE_COLUMNS = (
     "stage", "epoch", "loss", "acc", "asr", "target_class_acc", "dummy_triggered", "precision", "recall", "n_flagged",
+    "ce", "mse", "tv",
 )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backdoor_bench.training.precision import full_float32
+
 
 def positive_mask(labels: Tensor, may_attract: Tensor, asymmetric: bool = False) -> Tensor:
     """bool [B, B]: True where the image of the column is a positive of the image of the row.
@@ -26,10 +28,11 @@ def contrastive_loss(projections: Tensor, positives: Tensor, temperature: float,
 
     p runs over the other views of the positives of a's image and k over all other views; s is the dot product, T
     ``temperature``, T0 ``base_temperature``. projections: float [2B, D] of length 1, the first views of all images and
-    then their second ones; positives: bool [B, B] with a true diagonal. In float32 under mixed precision too. Source:
-    EBD Eqs. 9-11, HobbitLong/SupContrast:losses.py.
+    then their second ones; positives: bool [B, B] with a true diagonal. In float32, without TF32, whatever the run's
+    precision (a temperature of 0.1 magnifies the rounding of the similarities; their gradient may use TF32). Source: EBD
+    Eqs. 9-11, HobbitLong/SupContrast:losses.py.
     """
-    with torch.autocast(projections.device.type, enabled=False):
+    with full_float32(projections.device):
         unit = projections.float()
         similarity = unit @ unit.T / temperature
         itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from backdoor_bench.cache import Stages
+from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.data.contrastive import ViewAugmentation
 from backdoor_bench.defenses import dst
 from backdoor_bench.defenses.dst import DST, Projected
@@ -18,7 +19,7 @@ from backdoor_bench.errors import BenchError, ConfigError, DataError
 from backdoor_bench.progress import QuietProgress
 from backdoor_bench.training.contrastive import positive_mask
 from backdoor_bench.training.fit import cross_entropy, fit
-from backdoor_bench.types import DefenderView, ImageSet, Isolation
+from backdoor_bench.types import DefenderView, Facts, ImageSet, Isolation
 from tests.conftest import CONF
 
 SIZE = 128
@@ -59,6 +60,16 @@ def view(blobs, new_model, recipe, rows, progress, tmp_path):
         train=blobs, holdout=None, num_classes=4, new_model=new_model, victim=None, train_config=recipe,
         train_loss=cross_entropy(), generator=torch.Generator().manual_seed(5), stages=seldom, probe=rows,
         device=torch.device("cpu"), progress=progress,
+    )  # fmt: skip
+
+
+def other_in_everything(recipe):
+    """A recipe that shares no value with ``recipe`` but the hardware."""
+    return replace(
+        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
+        weight_decay=0.02, nesterov=True, schedule="multistep", schedule_unit="epoch_from_1", milestones=(1, 2),
+        gamma=0.3, warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1,
+        augment=Augmentation(4, True, 0.0, 2), snapshots=1,
     )  # fmt: skip
 
 
@@ -168,7 +179,7 @@ def test_two_different_views_of_every_image_go_through_in_one_batch(view, fits, 
 def test_the_extractors_learning_rates(recipe):
     """As SCLBD/Effective_backdoor_defense:ST/train_extractor.py; nothing of the victim's recipe is left."""
     values = replace(SMALL, extractor_epochs=200, extractor_lr=0.5, extractor_warmup=0.05)
-    made = values._extractor_recipe(replace(recipe, warmup_epochs=2.0, schedule="constant", label_smoothing=0.1))
+    made = values._extractor_recipe(other_in_everything(recipe))
 
     def cosine(epoch):  # counted from 1
         return 5e-4 + (0.5 - 5e-4) * (1 + math.cos(math.pi * epoch / 200)) / 2
@@ -243,8 +254,8 @@ def test_one_step_of_the_classifier_equals_the_formula(view, monkeypatch, classi
     assert torch.allclose(model.head.bias, start["head.bias"] - bias.grad, atol=1e-5)
 
 
-def test_the_classifiers_learning_rates(view, fits):
-    SMALL.defend(view)
+def test_the_classifiers_learning_rates(view, fits, recipe):
+    SMALL.defend(replace(view, train_config=other_in_everything(recipe)))
     config = fits[1][3]
     assert [config.lr_at(epoch, 1, 3) for epoch in range(3)] == [1.0, 1.0, pytest.approx(0.1)]
     assert (config.batch_size, config.momentum, config.weight_decay) == (20, 0.9, 0.0)
@@ -277,9 +288,34 @@ def test_both_stages_apply_the_transform_of_the_data(view, monkeypatch):
 
 def test_no_trusted_sample_is_refused_before_any_training(view, fits):
     nothing = Isolation(FLAGGED, torch.zeros(SIZE, dtype=torch.bool))
-    with pytest.raises(DataError, match="trusts no sample"):
+    with pytest.raises(DataError, match=r"trusts no sample .*defense\.isolation\.alpha_c"):
         replace(SMALL, isolation=Given(nothing)).defend(view)
+    with pytest.raises(DataError, match="every training sample is flagged"):
+        replace(SMALL, isolation=Given(Isolation(torch.ones(SIZE, dtype=torch.bool)))).defend(view)
     assert fits == []
+
+
+@dataclass(frozen=True)
+class Ranked(Given):
+    """An isolation that trusts a share."""
+
+    alpha_c: float | None = 0.2
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "refused"),
+    [(0, None, True), (0.0, 1000, True), (0.009, 100, True), (0.009, None, False), (0.009, 112, False),
+     (0.29, 100, False), (None, 100, False)],
+)  # fmt: skip
+def test_a_share_that_trusts_nobody_is_refused_before_any_data(share, count, refused):
+    facts = Facts(num_classes=4, image_size=16, train_size=count, epochs=1, steps_per_epoch=None)
+    values = replace(SMALL, isolation=Ranked(SPLIT, share))
+    if refused:
+        with pytest.raises(ConfigError, match=rf"defense\.isolation\.alpha_c={share} is not allowed"):
+            values.check(facts)
+    else:
+        values.check(facts)
+    replace(values, extractor="supcon", classifier="ce").check(facts)  # no split is needed
 
 
 def test_nothing_flagged_trains_on_the_trusted_and_says_so(view, progress, fits):
@@ -361,8 +397,38 @@ def test_found_again_and_shared_over_what_it_does_not_depend_on(view, fits, rows
     assert stages_fitted(BASELINE1) == ["classifier"]
 
 
+def test_nothing_of_the_victims_recipe_leaks(view, recipe, rows, tmp_path):
+    elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
+    other = replace(view, train_config=other_in_everything(recipe), stages=elsewhere)
+    assert same(state(SMALL.defend(view).model), state(SMALL.defend(other).model))
+
+
 class Stop(Exception):
     pass
+
+
+def test_stopped_between_its_stages_it_goes_on_with_the_classifier(view, rows, fits, monkeypatch, tmp_path):
+    elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
+    whole = SMALL.defend(replace(view, stages=elsewhere)).model
+    fits.clear()
+    asked = []
+
+    def stopped():
+        asked.append(1)
+        if len(asked) == 2:  # before the extractor, before the classifier
+            raise Stop
+
+    monkeypatch.setattr(dst, "raise_if_requested", stopped)
+    with pytest.raises(Stop):
+        SMALL.defend(view)
+    assert [stage for stage, *_ in fits] == ["extractor"]
+    rows.rows.clear()
+    resumed = SMALL.defend(view).model
+    assert [stage for stage, *_ in fits] == ["extractor", "classifier"]
+    assert [(row["stage"], row["epoch"]) for row in rows.rows] == [
+        (stage, epoch) for stage in ("extractor", "classifier") for epoch in (1, 2, 3)
+    ]
+    assert same(state(whole), state(resumed))
 
 
 @pytest.mark.parametrize("stage", ["extractor", "classifier"])

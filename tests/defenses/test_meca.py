@@ -5,16 +5,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from backdoor_bench.cache import Stages
 from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.defenses import meca
 from backdoor_bench.defenses.meca import MeCa
 from backdoor_bench.detection.kl import KLIsolation
-from backdoor_bench.errors import ConfigError, Diverged
+from backdoor_bench.errors import ConfigError, DataError, Diverged
 from backdoor_bench.progress import QuietProgress
 from backdoor_bench.training.fit import cross_entropy
+from backdoor_bench.training.recipes import NO_AUGMENTATION
 from backdoor_bench.types import DefenderView, ImageSet, Isolation
+from tests.conftest import CONF
 
 CPU = torch.device("cpu")
 
@@ -33,7 +36,7 @@ class Split:
 
 
 FLAGGED = torch.arange(128) % 6 == 0
-METHOD = MeCa(Split(Isolation(FLAGGED)), 3, 0.05, 0.9, 5e-4, 32, "cosine", True, False, 2, 0.01)
+METHOD = MeCa(Split(Isolation(FLAGGED)), 3, 0.05, 0.9, 5e-4, 32, "cosine", True, False, 2, 0.01, "victim")
 RELABEL = replace(METHOD, relabel=True)
 KL = KLIsolation(
     2, 0.2, 0.5, "untrusted", "all", 8 / 255, 0.25, "replace", "input", "forward", 0.02, 1e-3, 10.0, 0.9, 5e-4, 32,
@@ -82,6 +85,37 @@ def state(model):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_yaml_has_the_specs_values():
+    """specs/seed_defenses.md 4.6; E_s, learning rate and batch are the victim's."""
+    node = OmegaConf.load(CONF / "defense" / "meca.yaml")
+    values = OmegaConf.to_container(node, resolve=False)
+    assert {key: value for key, value in values.items() if not key.startswith("_")} == {
+        "defaults": [{"isolation": "kl"}], "epochs": "${train.epochs}", "lr": None, "momentum": 0.9,
+        "weight_decay": 5e-4, "batch_size": "${train.batch_size}", "schedule": "cosine", "augment": True,
+        "relabel": False, "relearn_epochs": 10, "relearn_lr": 0.01, "on_empty": "victim",
+    }  # fmt: skip
+    base = OmegaConf.load(CONF / "train" / "base.yaml")
+    assert (base.epochs, base.lr, base.batch_size, base.optimizer) == (100, 0.1, 128, "sgd")
+    assert (base.augment.crop_padding, base.augment.flip) == (4, True)
+    assert meca.SGD_LR == 0.1
+
+
+@pytest.mark.parametrize(
+    ("lr", "optimizer", "wanted"), [(None, "sgd", 0.07), (None, "adam", 0.1), (0.02, "sgd", 0.02), (0.02, "adam", 0.02)]
+)
+def test_without_a_learning_rate_of_its_own_it_takes_the_victims_where_it_is_sgds(view, recipe, lr, optimizer, wanted):
+    view = replace(view, train_config=replace(recipe, lr=0.07, optimizer=optimizer))
+    config = replace(METHOD, lr=lr)._training(view)
+    assert (config.lr, config.optimizer) == (wanted, "sgd")
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_augment_is_that_of_the_trainings(view, recipe, fits, augment):
+    drawn = Augmentation(2, True, 0.0, 0)
+    replace(RELABEL, augment=augment).defend(replace(view, train_config=replace(recipe, augment=drawn)))
+    assert [fit[4].augment for fit in fits] == [drawn if augment else NO_AUGMENTATION] * 2
 
 
 def test_a_fresh_model_is_trained_on_the_clean_rows_alone(view, blobs, fits, new_model, rows):
@@ -141,6 +175,13 @@ def test_an_empty_clean_set_returns_the_undefended_model(view, new_model, progre
     assert result.extra["outcome"] == "clean set empty: the undefended model"
     assert result.extra["clean_histogram"] == [0, 0, 0, 0]
     assert any("no sample is left to train on" in warning for warning in progress.warnings)
+
+
+def test_an_empty_clean_set_can_stop_the_run(view, fits):
+    method = replace(METHOD, on_empty="stop", isolation=Split(Isolation(torch.ones(128, dtype=torch.bool))))
+    with pytest.raises(DataError, match="the clean set is empty: nothing is left to train on"):
+        method.defend(view)
+    assert fits == []
 
 
 def test_a_class_that_vanished_is_told_and_trained_without(view, blobs, progress, fits):
@@ -218,7 +259,8 @@ def test_attacks_that_own_the_loss_are_refused():
 @pytest.mark.parametrize(
     ("key", "value"),
     [("epochs", 0), ("lr", 0), ("momentum", 1), ("weight_decay", -1), ("batch_size", 0), ("schedule", "step"),
-     ("augment", "yes"), ("relabel", 1), ("relearn_epochs", 2.5), ("relearn_lr", float("nan"))],
+     ("augment", "yes"), ("relabel", 1), ("relearn_epochs", 2.5), ("relearn_lr", float("nan")),
+     ("on_empty", "go on")],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key, value):
     with pytest.raises(ConfigError, match=rf"defense\.{key}={value!r}"):

@@ -8,18 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from backdoor_bench.cache import Stages
+from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.detection import distinguish, fct
 from backdoor_bench.detection.distinguish import EarlyTraining, intra_class_loss, split_by_rank
+from backdoor_bench.detection.embedding import embed
 from backdoor_bench.detection.fct import FCTIsolation
-from backdoor_bench.detection.transforms import Composition
+from backdoor_bench.detection.transforms import TRANSFORMS, Composition
 from backdoor_bench.errors import ConfigError
 from backdoor_bench.progress import QuietProgress
 from backdoor_bench.training.fit import cross_entropy
 from backdoor_bench.training.seeds import derive
-from backdoor_bench.types import DefenderView, Facts, ScoreHistogram, SplitGrid
+from backdoor_bench.types import DefenderView, Facts, ImageRows, SampleMap, ScoreHistogram, SplitGrid
 
 TRAINING = EarlyTraining(2, 0.02, 0.9, 5e-4, 32, 20)
-FCT = FCTIsolation(TRAINING, 2, ["rotate", "affine"], 0.2, 0.05, False)
+FCT = FCTIsolation(TRAINING, 2, 1, ["rotate", "affine"], 0.2, 0.05, 0, False)
 
 
 @pytest.fixture
@@ -41,6 +43,16 @@ def state(model):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def other_in_everything(recipe):
+    """A recipe that shares no value with ``recipe`` but the hardware."""
+    return replace(
+        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
+        weight_decay=0.02, nesterov=True, schedule="multistep", schedule_unit="epoch_from_1", milestones=(1, 2),
+        gamma=0.3, warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1,
+        augment=Augmentation(4, True, 0.0, 2), snapshots=1,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ loss
@@ -88,17 +100,19 @@ def test_intra_class_loss_stays_in_single_precision():
 # ------------------------------------------------------------------ training
 
 
-def test_training_is_the_literal_two_phases_of_one_optimiser(view, blobs, new_model, monkeypatch):
-    """Batches as ``fit`` drew them; the head rests in the second phase, momentum and schedule go on."""
+@pytest.mark.parametrize("passes", [1, 2])
+def test_training_is_the_literal_two_phases_of_one_optimiser(view, blobs, new_model, recipe, monkeypatch, passes):
+    """Batches as ``fit`` drew them; the head rests in the second phase, momentum and schedule go on. Nothing comes from
+    the victim's recipe; with two passes the statistics of the batch norms, and nothing else, move twice a step."""
     asked, seen = [], []
 
     def train_loss(model, batch):
         asked.append(batch.epoch)
         return cross_entropy()(model, batch)
 
-    view = replace(view, train_loss=train_loss)
+    view = replace(view, train_loss=train_loss, train_config=other_in_everything(recipe))
     monkeypatch.setattr(distinguish, "fit", recording(seen, distinguish.fit))
-    before, after = TRAINING.models(view, finetune_epochs=2)
+    before, after = TRAINING.models(view, finetune_epochs=2, norm_passes=passes)
 
     model = new_model(4).train()
     sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
@@ -112,7 +126,9 @@ def test_training_is_the_literal_two_phases_of_one_optimiser(view, blobs, new_mo
         if step < 8:
             loss = F.cross_entropy(model(images), labels)
         else:
-            loss = intra_class_loss(model.features(images), labels, 4)
+            for _ in range(passes):
+                features = model.features(images)
+            loss = intra_class_loss(features, labels, 4)
         loss.backward()
         sgd.step()
     for found, wanted in ((before, first), (after, state(model))):
@@ -136,6 +152,19 @@ def recording(seen, fit):
         return fit(model, data, config, loss_fn=loss, **options)
 
     return recorded
+
+
+def test_a_second_pass_moves_the_statistics_alone(view):
+    once, twice = (TRAINING.models(view, finetune_epochs=2, norm_passes=passes)[1] for passes in (1, 2))
+    for (name, one), two in zip(state(once).items(), state(twice).values(), strict=True):
+        assert torch.equal(one, two) != ("running" in name or "tracked" in name), name
+
+
+def test_nothing_of_the_victims_recipe_leaks(view, recipe, tmp_path, rows):
+    other = replace(elsewhere(view, tmp_path, rows), train_config=other_in_everything(recipe))
+    one, two = FCT.isolate(view), FCT.isolate(other)
+    assert torch.equal(one.score, two.score)
+    assert torch.equal(one.flagged, two.flagged)
 
 
 def test_fine_tuning_pushes_the_class_centres_apart(view, blobs):
@@ -245,19 +274,25 @@ def test_second_call_finds_the_stages_and_shares_are_not_part_of_them(view, monk
     assert wider.flagged[first.flagged].all()
 
 
-def test_figures_are_shown_again_from_the_cache(view, rows):
+def shown_by(isolation, view):
+    """The split and the figures, by name."""
     shown = []
 
     def probe(model=None, flagged=None, *, stage, epoch, detail=None):
         shown.extend((detail or {}).get("figures", ()))
 
-    every = replace(FCT, all_pairs=True)
-    found = every.isolate(replace(view, probe=probe))
-    assert [figure.name for figure in shown] == ["fct_before", "fct_after", "fct_pairs"]
-    assert isinstance(shown[0], ScoreHistogram)
-    assert torch.equal(shown[1].scores, found.score)
-    assert not torch.equal(shown[0].scores, found.score)
-    grid = shown[2]
+    found = isolation.isolate(replace(view, probe=probe))
+    return found, {figure.name: figure for figure in shown}
+
+
+def test_figures_are_shown_again_from_the_cache(view, monkeypatch):
+    every = replace(FCT, all_pairs=True, map_samples=30)
+    found, first = shown_by(every, view)
+    assert list(first) == ["fct_before", "fct_after", "fct_transforms", "fct_map", "fct_pairs"]
+    assert isinstance(first["fct_before"], ScoreHistogram)
+    assert torch.equal(first["fct_after"].scores, found.score)
+    assert not torch.equal(first["fct_before"].scores, found.score)
+    grid = first["fct_pairs"]
     assert isinstance(grid, SplitGrid)
     assert len(grid.splits) == 36
     assert torch.equal(grid.splits["rotate", "affine"].score, found.score)
@@ -266,9 +301,123 @@ def test_figures_are_shown_again_from_the_cache(view, rows):
     assert not still.score.any()
     assert (int(still.flagged.sum()), int(still.trusted.sum())) == (6, 25)
     assert all(split.score.isfinite().all() for split in grid.splits.values())
-    first, shown[:] = list(shown), []
-    every.isolate(replace(view, probe=probe))
-    assert torch.equal(shown[2].splits["erase", "blur"].flagged, first[2].splits["erase", "blur"].flagged)
+
+    for name in ("extract_features", "embed"):
+        monkeypatch.setattr(fct, name, forbidden)
+    _, again = shown_by(every, view)
+    assert list(again) == list(first)
+    assert torch.equal(again["fct_pairs"].splits["erase", "blur"].flagged, grid.splits["erase", "blur"].flagged)
+    assert torch.equal(again["fct_map"].rows, first["fct_map"].rows)
+    for name, points in first["fct_map"].panels.items():
+        assert torch.equal(again["fct_map"].panels[name], points)
+
+
+def test_the_gallery_shows_each_transformation_of_the_same_images(view, blobs):
+    gallery = shown_by(FCT, view)[1]["fct_transforms"]
+    assert isinstance(gallery, ImageRows)
+    assert list(gallery.rows) == ["training image", *TRANSFORMS]
+    rows = torch.tensor([0, 18, 36, 54, 72, 90, 108, 127])
+    assert torch.equal(gallery.rows["training image"], blobs.images[rows].float() / 255)
+    for name in TRANSFORMS:
+        wanted = Composition((name,), derive(5, "fct transforms"))(blobs.images[rows], rows)
+        assert torch.equal(gallery.rows[name], wanted.float() / 255)
+    tiny = replace(view, train=replace(blobs, images=blobs.images[:, :, :7, :7].contiguous()))
+    assert "blur" not in fct._gallery(tiny).rows  # it needs 8 px
+
+
+def test_the_map_is_one_embedding_of_features_before_and_after(view, blobs, monkeypatch):
+    given = {}
+
+    def noted(features, settings, *rest):
+        given["features"], given["settings"] = features, settings
+        return embed(features, settings, *rest)
+
+    monkeypatch.setattr(fct, "embed", noted)
+    monkeypatch.setattr(fct, "CHUNK", 17)
+    figure = shown_by(replace(FCT, map_samples=40), view)[1]["fct_map"]
+    assert isinstance(figure, SampleMap)
+    assert figure.rows.dtype == torch.int64
+    assert len(set(figure.rows.tolist())) == len(figure.rows) == 40
+    assert figure.rows.tolist() != list(range(40))
+    _, model = TRAINING.models(view, finetune_epochs=2)
+    images = blobs.images[figure.rows]
+    moved = Composition(("rotate", "affine"), derive(5, "fct transforms"))(images, figure.rows)
+    with torch.no_grad():
+        wanted = model.features(torch.cat([images, moved]).float() / 255)
+    torch.testing.assert_close(given["features"], wanted, rtol=1e-4, atol=1e-5)
+    assert given["settings"].perplexity == 26  # a third of the 79 others
+    assert list(figure.panels) == ["training samples", "after rotate, affine"]
+    assert [points.shape for points in figure.panels.values()] == [(40, 2), (40, 2)]
+    assert all(points.isfinite().all() for points in figure.panels.values())
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [(0, None), (1, 1), (10_000, 128)])
+def test_the_map_of_none_of_one_and_of_all_samples(view, asked, drawn, progress):
+    found, figures = shown_by(replace(FCT, map_samples=asked), view)
+    assert torch.equal(found.score, FCT.isolate(view).score)
+    if drawn is None:
+        assert "fct_map" not in figures
+    else:
+        assert len(figures["fct_map"].rows) == drawn
+    assert len(progress.warnings) == (asked == 1)  # two points have no neighbourhoods
+
+
+def test_what_only_pictures_need_is_no_time_of_the_defence(view, tmp_path, rows):
+    """The movement before fine-tuning, the map and the pairs: booked as ``figures``."""
+    booked = []
+
+    class Spied(Stages):
+        def keep(self, name, build, settings=None):
+            booked.append((name, settings.get("finetuned", "map")))
+            return super().keep(name, build, settings)
+
+    seconds = {}
+    spied = Spied(tmp_path / "spied", "scope", QuietProgress(), seconds, rows)
+    replace(FCT, map_samples=20, all_pairs=True).isolate(replace(view, stages=spied))
+    assert booked[:3] == [("distinguish", True), ("figures", False), ("figures", "map")]
+    assert [name for name, _ in booked[3:]].count("distinguish") == 1  # rotate, affine, which is there already
+    assert set(seconds) == {"distinguish", "figures"}
+
+
+@pytest.mark.parametrize("killed_in", range(1, 6))
+def test_resumes_inside_its_stages(view, rows, tmp_path, killed_in, monkeypatch):
+    """Stopped in one of the passes over the images (two for each movement, the map's first) nothing is trained anew."""
+    isolation = replace(FCT, map_samples=30)
+    whole, figures = shown_by(isolation, elsewhere(view, tmp_path, rows))
+    passes, extract = [], fct.extract_features
+
+    def killed(*args, **options):
+        passes.append(args)
+        if len(passes) == killed_in:
+            raise Stop
+        return extract(*args, **options)
+
+    monkeypatch.setattr(fct, "extract_features", killed)
+    with pytest.raises(Stop):
+        isolation.isolate(view)
+    monkeypatch.setattr(distinguish, "fit", forbidden)
+    resumed, again = shown_by(isolation, view)
+    assert torch.equal(whole.score, resumed.score)
+    assert torch.equal(whole.flagged, resumed.flagged)
+    assert torch.equal(whole.trusted, resumed.trusted)
+    assert whole.extra == resumed.extra
+    assert torch.equal(figures["fct_before"].scores, again["fct_before"].scores)
+    for name, points in figures["fct_map"].panels.items():
+        assert torch.equal(again["fct_map"].panels[name], points)
+    # What was done is not done again: both passes of the movement that came first.
+    assert len(passes) == killed_in + 6 - 2 * ((killed_in - 1) // 2)
+
+
+def test_movement_is_measured_in_full_precision(view, hardware):
+    """Sixteen bits of a feature are too few to rank its movement."""
+    rough = replace(view, train_config=replace(view.train_config, hardware=replace(hardware, precision="bf16")))
+    found = FCT.isolate(rough)
+    _, model = TRAINING.models(rough, finetune_epochs=2)
+    tau = Composition(("rotate", "affine"), derive(5, "fct transforms"))
+    images = view.train.images
+    with torch.no_grad():
+        f, g = (model.features(part.float() / 255) for part in (images, tau(images, torch.arange(128))))
+    torch.testing.assert_close(found.score, (f - g).square().sum(1), rtol=1e-4, atol=1e-7)
 
 
 def test_collapsed_features_are_told(view):
@@ -291,7 +440,8 @@ def test_collapsed_features_are_told(view):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("finetune_epochs", -1), ("finetune_epochs", 19), ("transforms", []), ("transforms", "rotate"),
-     ("transforms", ["turn"]), ("alpha_c", 1.1), ("alpha_p", -0.1), ("alpha_c", "x"), ("all_pairs", 1)],
+     ("transforms", ["turn"]), ("alpha_c", 1.1), ("alpha_p", -0.1), ("alpha_c", "x"), ("all_pairs", 1),
+     ("norm_passes", 0), ("norm_passes", 3), ("map_samples", -1), ("map_samples", 2.5)],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key, value):
     with pytest.raises(ConfigError, match=rf"defense\.isolation\.{key}="):
@@ -322,11 +472,16 @@ def test_images_too_small_to_blur_are_refused():
 
 
 def test_dbr_from_the_command_line(bench):
-    short = ("train.epochs=2", "defense.removal.epochs=2", "defense.isolation.finetune_epochs=1")
+    short = (
+        "train.epochs=2", "defense.removal.epochs=2", "defense.isolation.finetune_epochs=1",
+        "defense.isolation.map_samples=50",
+    )  # fmt: skip
     outcome = bench("attack=badnets", "defense=dbr", *short)
     assert outcome.code == 0, outcome.err
     assert outcome.result["oracle"]["stage"] == "removal"
     assert outcome.result["diagnostics"]["distinguish"]["zero_movement_share"] <= 1
+    drawn = {path.stem for path in (outcome.path.parent / "figures").iterdir()}
+    assert {"fct_before", "fct_after", "fct_transforms", "fct_map"} <= drawn
     refused = bench("defense=dbr", "defense.isolation.alpha_c=0.99")
     assert refused.code == 2
     assert "defense.isolation.alpha_c=0.99" in refused.err

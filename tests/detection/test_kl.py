@@ -4,10 +4,12 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 
 from backdoor_bench.cache import Stages
@@ -21,6 +23,7 @@ from backdoor_bench.progress import QuietProgress
 from backdoor_bench.removal.hiding import Hiding
 from backdoor_bench.training.fit import Batch, cross_entropy
 from backdoor_bench.types import DefenderView, ImageSet, LossLandscape, ScoreHistogram
+from tests.conftest import CONF
 
 CPU = torch.device("cpu")
 SCORE = KLScore(8 / 255, 0.25, "replace", "input", "forward")
@@ -48,6 +51,17 @@ def fitted(new_model, blobs, recipe):
     model = new_model(4)
     fit(model, blobs, recipe, generator=torch.Generator(), stage="t", progress=QuietProgress())
     return model
+
+
+def test_the_yaml_has_the_specs_values():
+    """specs/seed_defenses.md 4.3, 4.6."""
+    node = OmegaConf.to_container(OmegaConf.load(CONF / "defense" / "isolation" / "kl.yaml"))
+    assert {key: value for key, value in node.items() if not key.startswith("_")} == {
+        "epochs": 10, "gamma": 0.05, "clean_frac_max": 0.5, "p_is": "untrusted", "scored": "all",
+        "eps": pytest.approx(8 / 255, rel=1e-12), "patch": 0.25, "perturb": "replace", "gradient": "input",
+        "kl_direction": "forward", "lr": 0.01, "ascent_lr": 1e-4, "ce_cap": 10.0, "momentum": 0.9, "weight_decay": 5e-4,
+        "batch_size": 128, "augment": False,
+    }  # fmt: skip
 
 
 def state(module):
@@ -184,6 +198,30 @@ def test_scoring_a_set_is_scoring_its_samples_and_leaves_the_model(fitted, blobs
     alone = SCORE.of_batch(fitted, blobs.images[77:78].float() / 255, blobs.labels[77:78], mask[77:78])
     torch.testing.assert_close(whole[77:78], alone, rtol=1e-3, atol=1e-7)
     assert not torch.equal(whole, SCORE.of_set(fitted, blobs, hardware, 5, "b"))
+
+
+def test_it_scores_in_full_precision_and_small_batches(fitted, blobs, hardware, monkeypatch):
+    seen = []
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def noting(score, model, images, labels, mask):
+        seen.append((len(images), *(switch.allow_tf32 for switch in switches), torch.is_autocast_enabled("cpu")))
+        return torch.zeros(len(images))
+
+    many = ImageSet(blobs.images.repeat(5, 1, 1, 1), blobs.labels.repeat(5), 4)
+    like_a_gpu = SimpleNamespace(device="cpu:0", images=hardware.images)
+    monkeypatch.setattr(KLScore, "of_batch", noting)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            SCORE.of_set(fitted, many, like_a_gpu, 5, "a")
+        assert [switch.allow_tf32 for switch in switches] == [True, True]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+    assert seen == [(256, False, False, False)] * 2 + [(128, False, False, False)]
 
 
 # ------------------------------------------------------------------ the partition
@@ -350,6 +388,32 @@ def test_isolation_is_what_the_enhanced_model_gets_right(view, rows, blobs):
     assert [(row["stage"], row["epoch"]) for row in rows.rows][:3] == [("enhance", 1), ("enhance", 2), ("enhance", 3)]
 
 
+class Fixed(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1) + 0 * images.mean((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize("logits", [[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, -1.0, 2.0], [0.0, 1.0, 0.0, 1.0 + 1e-6]])
+def test_flagged_is_the_argmax_also_where_classes_tie(view, blobs, logits):
+    flagged, margin = METHOD._predicted(view, Fixed(logits))
+    assert torch.equal(flagged, torch.tensor(logits).argmax() == blobs.labels)
+    assert (margin[flagged] >= 0).all()
+    assert (margin[~flagged] <= 0).all()
+    assert margin.dtype == torch.float32
+
+
+def test_the_margin_is_exact_whatever_the_run_computes_in(view, blobs, fitted, hardware):
+    fitted.eval()
+    low = replace(view, train_config=replace(view.train_config, hardware=replace(hardware, precision="bf16")))
+    assert torch.equal(METHOD._predicted(low, fitted)[1], METHOD._predicted(view, fitted)[1])
+
+
 def test_figures_are_shown_again_from_the_cache(view):
     shown = []
 
@@ -438,8 +502,13 @@ def test_class_report_counts_and_warns(view, progress):
     progress.warnings.clear()
     assert class_report(view, ~clean)["vanished_classes"] == [0, 1, 3]
     progress.warnings.clear()
-    clean[2] = True
+    clean[[2, 6, 10]] = True  # 3 of 32
     assert class_report(view, clean)["vanished_classes"] == []
+    (warning,) = progress.warnings
+    assert "of class 2 less than 10% is left in the clean set" in warning
+    progress.warnings.clear()
+    clean[14] = True
+    class_report(view, clean)
     assert progress.warnings == []
 
 
@@ -454,6 +523,22 @@ def test_a_model_that_gets_all_right_flags_all_with_a_warning(view, progress):
     assert isolation.flagged.all()
     assert isolation.extra["clean_histogram"] == [0, 0, 0, 0]
     assert any("the clean set is empty" in warning for warning in progress.warnings)
+
+
+@pytest.mark.parametrize(
+    ("isolation", "honours"),
+    [("trap", True), ("oracle", True), ("fct", True), ("spectral", True), ("sce", True), ("kl", False), ("abl", False)],
+)
+def test_an_attack_that_owns_the_loss_is_refused_where_the_isolation_trains_by_another(bench, isolation, honours):
+    words = ("attack=loss_adaptive", "defense=isolate_only", f"defense.isolation={isolation}", "train.epochs=5")
+    # Refused for the pair, or, where the pair is allowed, for the missing data.
+    refused = bench(*words, "dataset=cifar10", "dataset.root=nowhere", "dataset.download=false")
+    told = (
+        "attack=loss_adaptive owns the training loss, which defense.isolation="
+        f"{isolation} of defense=isolate_only cannot honour"
+    )
+    assert refused.code == (3 if honours else 2), refused.err
+    assert (told in refused.err) != honours
 
 
 def test_any_removal_can_follow(view, new_model):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from backdoor_bench.cache import Stages
+from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.detection import abl, distinguish
 from backdoor_bench.detection.abl import ABLIsolation, held_up_loss
 from backdoor_bench.detection.distinguish import EarlyTraining
@@ -32,6 +33,16 @@ def view(blobs, new_model, recipe, stages, rows, progress):
         train=blobs, holdout=None, num_classes=4, new_model=new_model, victim=lambda: new_model(4).eval(),
         train_config=recipe, train_loss=cross_entropy(), generator=torch.Generator().manual_seed(5), stages=stages,
         probe=rows, device=torch.device("cpu"), progress=progress,
+    )  # fmt: skip
+
+
+def other_in_everything(recipe):
+    """A recipe that shares no value with ``recipe`` but the hardware."""
+    return replace(
+        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
+        weight_decay=0.02, nesterov=False, schedule="multistep", schedule_unit="epoch_from_1", milestones=(1, 2),
+        gamma=0.3, warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1,
+        augment=Augmentation(4, True, 0.0, 2), snapshots=1,
     )  # fmt: skip
 
 
@@ -178,8 +189,9 @@ def test_abl_holds_the_loss_up(view):
     assert mean_loss(0.5) > 0.2
 
 
-def test_abl_score_is_the_cross_entropy_of_its_own_model(view, monkeypatch):
+def test_abl_score_is_the_cross_entropy_of_its_own_model(view, recipe, monkeypatch):
     models = []
+    view = replace(view, train_config=other_in_everything(recipe))
     fit = abl.fit
 
     def spy(model, data, config, **options):
@@ -189,8 +201,9 @@ def test_abl_score_is_the_cross_entropy_of_its_own_model(view, monkeypatch):
     monkeypatch.setattr(abl, "fit", spy)
     found = ABL.isolate(view)
     ((model, config),) = models
-    assert config.schedule == "constant"
-    assert config.nesterov
+    assert [config.lr_at(epoch, 1, 4) for epoch in range(3)] == [0.05] * 3
+    assert (config.momentum, config.weight_decay, config.nesterov) == (0.9, 1e-4, True)
+    assert (config.optimizer, config.batch_size, config.drop_last) == ("sgd", 32, False)
     assert (config.augment.crop_padding, config.augment.flip) == (0, False)
     with torch.no_grad():
         wanted = F.cross_entropy(model(view.train.images.float() / 255), view.train.labels, reduction="none")
@@ -198,6 +211,43 @@ def test_abl_score_is_the_cross_entropy_of_its_own_model(view, monkeypatch):
 
 
 # ------------------------------------------------------------------ all
+
+
+@EVERY
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_nothing_of_the_victims_recipe_leaks(view, isolation, nesterov, recipe, rows, tmp_path):
+    elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
+    config = replace(other_in_everything(recipe), nesterov=nesterov)
+    one, two = isolation.isolate(view), isolation.isolate(replace(view, train_config=config, stages=elsewhere))
+    assert torch.equal(one.score, two.score)
+    assert torch.equal(one.flagged, two.flagged)
+
+
+@EVERY
+def test_scores_are_computed_in_full_precision(view, isolation, hardware, rows, tmp_path):
+    """bfloat16 logits and features have ties, and a rank among ties is chance: a run in it trains in it but scores in
+    float32. Here the trained weights stand still, so that the scores must be those of a float32 run."""
+    elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
+    still = {"lr": 1e-30, "weight_decay": 0.0}
+    if isolation is ABL:
+        isolation = replace(isolation, **still)
+    else:
+        isolation = replace(isolation, training=replace(TRAINING, **still))
+    rough = replace(view.train_config, hardware=replace(hardware, precision="bf16"))
+    # Batch norms see rounded activations in training: they must not move either.
+    build = view.new_model
+
+    def with_still_norms(num_classes):
+        model = build(num_classes)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 0.0
+        return model
+
+    view = replace(view, new_model=with_still_norms)
+    one, two = isolation.isolate(view), isolation.isolate(replace(view, train_config=rough, stages=elsewhere))
+    torch.testing.assert_close(one.score, two.score, rtol=1e-6, atol=1e-9)
+    assert len(two.score.unique()) > 100
 
 
 @EVERY
@@ -248,12 +298,20 @@ def test_histogram_is_shown(view, isolation):
 @pytest.mark.parametrize(
     ("isolation", "key", "value"),
     [(SPECTRAL, "centered", "yes"), (SPECTRAL, "per_class", 1), (SPECTRAL, "alpha_p", 2), (SCE, "label_floor", 0),
-     (SCE, "ce_weight", -1), (SCE, "alpha_c", 0.99), (ABL, "loss", "ce"), (ABL, "reduction", "mean"),
+     (SCE, "ce_weight", -1), (SCE, "ce_weight", float("inf")), (SCE, "rce_weight", float("inf")),
+     (SCE, "alpha_c", 0.99), (ABL, "gamma", float("inf")), (ABL, "loss", "ce"), (ABL, "reduction", "mean"),
      (ABL, "gamma", -1), (ABL, "momentum", 0.0), (ABL, "epochs", 0), (ABL, "alpha_c", 0.99)],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(isolation, key, value):
     with pytest.raises(ConfigError, match=rf"defense\.isolation\.{key}={value!r}"):
         replace(isolation, **{key: value})
+
+
+def test_sce_without_any_weight_is_refused():
+    with pytest.raises(ConfigError, match=r"defense\.isolation\.ce_weight=0 and defense\.isolation\.rce_weight=0"):
+        replace(SCE, ce_weight=0, rce_weight=0)
+    replace(SCE, ce_weight=0)
+    replace(SCE, rce_weight=0)
 
 
 def test_a_rival_and_a_detector_are_one_class_with_other_values():

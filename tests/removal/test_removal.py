@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from backdoor_bench.cache import Stages
 from backdoor_bench.data.augment import Augmentation
-from backdoor_bench.errors import BenchError, ConfigError
-from backdoor_bench.models.classifier import assemble
+from backdoor_bench.errors import ConfigError, DataError
+from backdoor_bench.models.classifier import Classifier, assemble
 from backdoor_bench.progress import QuietProgress
 from backdoor_bench.removal import common
 from backdoor_bench.removal.hiding import Hiding
@@ -19,6 +19,7 @@ from backdoor_bench.removal.retrain import Retrain
 from backdoor_bench.removal.unlearn_relearn import UnlearnRelearn
 from backdoor_bench.removal.unlearning import Unlearning
 from backdoor_bench.training.fit import cross_entropy
+from backdoor_bench.training.recipes import recipe as made_recipe
 from backdoor_bench.types import DefenderView, ImageSet, Isolation
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ REMOVALS = {
     "unlearning": Unlearning(3, 5e-4, 0.9, 1e-4, True, 8, "constant", True),
     "unlearn_relearn": UnlearnRelearn(3, 1e-3, 0.9, 5e-4, 32, "constant", True, "both"),
     "mixed_ce": MixedCE(3, 0.1, 0.9, 0.0, 32, "constant", True, 0.01),
-    "retrain": Retrain(),
+    "retrain": Retrain("unflagged"),
 }
 every_removal = pytest.mark.parametrize("removal", REMOVALS.values(), ids=REMOVALS)
 EXTRACTOR_STAYS = ("hiding", "mixed_ce")
@@ -121,16 +122,40 @@ def test_the_given_model_stays_as_it_is(view, isolation, victim, removal):
     assert all(torch.isfinite(value).all() for value in repaired.state_dict().values())
 
 
-@every_removal
-def test_nothing_flagged_returns_the_victim_with_a_warning(view, victim, progress, rows, removal):
+@pytest.mark.parametrize("name", sorted(REMOVALS.keys() - {"unlearn_relearn"}))
+def test_nothing_flagged_returns_the_victim_with_a_warning(view, victim, progress, rows, name):
     before = state(victim)
-    returned = removal.remove(view, victim, Isolation(flagged=torch.zeros(128, dtype=torch.bool)))
+    returned = REMOVALS[name].remove(view, victim, Isolation(flagged=torch.zeros(128, dtype=torch.bool)))
     assert returned is victim
     assert same(state(victim), before)
     assert returned(torch.rand(2, 3, 16, 16)).shape == (2, 4)
     assert len(progress.warnings) == 1
     assert progress.warnings[0].startswith("nothing is flagged")
+    assert "eps" not in progress.warnings[0]  # most isolations have no such key
     assert rows.rows == []
+
+
+@every_removal
+def test_the_transform_of_the_data_is_applied_to_every_image(view, isolation, victim, removal, monkeypatch):
+    """An attack's own transform (``physical``): black here, so that is what the extractor must see in training."""
+    turned, seen = [], []
+
+    def camera(images, generator):
+        turned.append(len(images))
+        return torch.zeros_like(images)
+
+    features = Classifier.features
+
+    def noted(model, images):
+        seen.append(float(images.abs().max()))
+        return features(model, images)
+
+    monkeypatch.setattr(Classifier, "features", noted)
+    removal.remove(replace(view, train=replace(view.train, augment=camera)), victim, isolation)
+    visited = {"hiding": 128, "unlearning": 22, "unlearn_relearn": 128, "mixed_ce": 128, "retrain": 106}
+    name = next(name for name, other in REMOVALS.items() if other is removal)
+    assert sum(turned) == 3 * visited[name]
+    assert seen == [0.0] * len(turned)
 
 
 @every_removal
@@ -212,26 +237,46 @@ def test_a_bad_value_names_its_key(name, key, value):
 
 @pytest.mark.parametrize(
     ("name", "key", "value"),
-    [("mixed_ce", "lambda_p", -0.1), ("unlearn_relearn", "rounds", "x"), ("unlearning", "nesterov", 1),
-     ("hiding", "drop_dummy", 0)],
+    [("mixed_ce", "lambda_p", -0.1), ("mixed_ce", "lambda_p", float("inf")), ("unlearn_relearn", "rounds", "x"),
+     ("unlearning", "nesterov", 1), ("hiding", "drop_dummy", 0), ("retrain", "rows", "clean")],
 )  # fmt: skip
 def test_a_bad_value_of_one_module_names_its_key(name, key, value):
     with pytest.raises(ConfigError, match=rf"defense\.removal\.{key}={value!r}"):
         replace(REMOVALS[name], **{key: value})
 
 
-def test_recipe_keeps_nothing_of_the_victims_schedule(recipe):
-    base = replace(
-        recipe, optimizer="adam", schedule="multistep", milestones=(1, 2), warmup_epochs=2.0, label_smoothing=0.1,
-        drop_last=True, nesterov=True, augment=Augmentation(4, True, 0.0, 0),
+def other_in_everything(recipe):
+    """A recipe that shares no value with ``recipe`` but the hardware."""
+    return replace(
+        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
+        weight_decay=0.02, nesterov=True, schedule="multistep", schedule_unit="epoch", milestones=(1, 2), gamma=0.3,
+        warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1, augment=Augmentation(4, True, 0.0, 2),
+        snapshots=1,
     )  # fmt: skip
+
+
+def test_recipe_keeps_nothing_of_the_victims_schedule(recipe):
+    base = other_in_everything(recipe)
+    assert not [
+        name for name, value in vars(base).items()
+        if value == getattr(recipe, name) and name not in ("hardware", "checkpoint_seconds")
+    ]  # fmt: skip
     values = dict(epochs=7, lr=0.3, momentum=0.5, weight_decay=0.01, batch_size=9, schedule="constant")
-    made = common.recipe(base, **values)
+    made = made_recipe(base, **values)
     assert [made.lr_at(epoch, 0, 3) for epoch in range(7)] == [0.3] * 7
     assert (made.optimizer, made.momentum, made.weight_decay, made.nesterov) == ("sgd", 0.5, 0.01, False)
     assert (made.epochs, made.batch_size, made.drop_last, made.label_smoothing) == (7, 9, False, 0.0)
     assert made.augment == base.augment
-    assert common.recipe(base, **values, augment=False).augment == Augmentation(0, False, 0.0, 0)
+    assert made_recipe(base, **values, augment=False).augment == Augmentation(0, False, 0.0, 0)
+
+
+@pytest.mark.parametrize("name", sorted(REMOVALS.keys() - {"retrain"}))
+def test_nothing_of_the_victims_recipe_leaks(view, isolation, victim, recipe, rows, name, tmp_path):
+    removal = replace(REMOVALS[name], augment=False, schedule="cosine")
+    elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
+    other = replace(view, train_config=other_in_everything(recipe), stages=elsewhere)
+    one, two = (removal.remove(given, victim, isolation) for given in (view, other))
+    assert same(state(one), state(two))
 
 
 # ------------------------------------------------------------------ hiding
@@ -305,6 +350,12 @@ def test_drop_dummy_shares_the_cached_stage(view, isolation, victim, monkeypatch
 
 
 # ------------------------------------------------------------------ unlearning
+
+
+def test_nesterov_without_momentum_is_refused_in_the_removals_own_keys():
+    with pytest.raises(ConfigError, match=r"defense\.removal\.nesterov=true .* defense\.removal\.momentum=0"):
+        replace(REMOVALS["unlearning"], momentum=0.0)
+    replace(REMOVALS["unlearning"], momentum=0.0, nesterov=False)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -394,10 +445,37 @@ def test_unlearn_relearn_is_one_optimiser_over_both_passes(logged, isolation, vi
     assert not torch.allclose(repaired["head.weight"], unshared["head.weight"], rtol=1e-4, atol=1e-5)
 
 
-def test_no_trusted_sample_returns_the_victim(view, isolation, victim, progress):
-    none = Isolation(flagged=isolation.flagged, trusted=torch.zeros(128, dtype=torch.bool))
-    assert REMOVALS["unlearn_relearn"].remove(view, victim, none) is victim
-    assert "no sample is trusted" in progress.warnings[0]
+NOBODY = torch.zeros(128, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("trusted", "says"),
+    [(NOBODY, "no sample is trusted: the rounds are unlearning alone"),
+     (~NOBODY, "nothing is flagged: the rounds are relearning alone")],
+    ids=["unlearn", "relearn"],
+)  # fmt: skip
+def test_a_round_without_one_of_its_sets_is_the_other_pass(
+    logged, isolation, victim, progress, trusted, says, rows, tmp_path
+):
+    """Where EBD's sweeps of alpha_c and alpha_p begin (Fig. 13)."""
+    given = Isolation(NOBODY if trusted.any() else isolation.flagged, trusted)
+    repaired = REMOVALS["unlearn_relearn"].remove(logged, victim, given)
+    assert progress.warnings == [says]
+    assert logged.train.images.visited == set((trusted | given.flagged).nonzero().flatten().tolist())
+    alone = replace(REMOVALS["unlearn_relearn"], rounds="relearn" if trusted.any() else "unlearn")
+    elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
+    assert same(state(repaired), state(alone.remove(replace(logged, stages=elsewhere), victim, given)))
+    assert not same(state(repaired), state(victim))
+
+
+@pytest.mark.parametrize("rounds", ["both", "unlearn", "relearn"])
+def test_no_sample_at_all_returns_the_victim(view, victim, progress, rounds, rows):
+    removal = replace(REMOVALS["unlearn_relearn"], rounds=rounds)
+    assert removal.remove(view, victim, Isolation(NOBODY, NOBODY)) is victim
+    says = {"both": "nothing is flagged and no sample is trusted", "unlearn": "nothing is flagged",
+            "relearn": "no sample is trusted"}[rounds]  # fmt: skip
+    assert progress.warnings == [f"{says}: the victim is returned as it is"]
+    assert rows.rows == []
 
 
 @pytest.mark.parametrize("rounds", ["unlearn", "relearn"])
@@ -459,15 +537,55 @@ def test_mixed_ce_visits_flagged_and_clean_rows_once_an_epoch(logged, isolation,
     assert visited == sorted(wanted * 3)
 
 
+@pytest.mark.parametrize(
+    ("split", "says"),
+    [(Isolation(~NOBODY), "every training sample is flagged"),
+     (Isolation(torch.arange(128) % 6 == 0, NOBODY), r"trusts no sample .*defense\.isolation\.alpha_c")],
+)  # fmt: skip
+def test_mixed_ce_refuses_to_unlearn_alone(view, victim, split, says, rows):
+    with pytest.raises(DataError, match=says):
+        REMOVALS["mixed_ce"].remove(view, victim, split)
+    assert rows.rows == []
+
+
 # ------------------------------------------------------------------ retraining
 
 
-@pytest.mark.parametrize("trust", [False, True], ids=["complement", "trusted"])
-def test_retrain_never_visits_what_is_not_clean(logged, isolation, victim, trust):
-    trusted = (torch.arange(128) % 6 == 1) if trust else None
-    Retrain().remove(logged, victim, Isolation(isolation.flagged, trusted))
-    assert logged.train.images.visited == set((trusted if trust else ~isolation.flagged).nonzero().flatten().tolist())
-    assert len(logged.train.images.batches) == 3 * (1 if trust else 4)
+@pytest.mark.parametrize(
+    ("kept", "trust", "visits"),
+    [("unflagged", False, "unflagged"), ("unflagged", True, "unflagged"), ("trusted", True, "trusted"),
+     ("trusted", False, "unflagged")],
+)  # fmt: skip
+def test_retrain_visits_what_it_keeps(logged, isolation, victim, kept, trust, visits):
+    """By default all but the flagged, also where an isolation trusts a few only."""
+    trusted = torch.arange(128) % 6 == 1
+    Retrain(kept).remove(logged, victim, Isolation(isolation.flagged, trusted if trust else None))
+    wanted = ~isolation.flagged if visits == "unflagged" else trusted
+    assert logged.train.images.visited == set(wanted.nonzero().flatten().tolist())
+    assert len(logged.train.images.batches) == 3 * (4 if visits == "unflagged" else 1)
+
+
+def test_retrain_on_trusted_rows_drops_the_others_though_nothing_is_flagged(logged, victim):
+    trusted = torch.arange(128) % 6 == 1
+    assert Retrain("trusted").remove(logged, victim, Isolation(NOBODY, trusted)) is not victim
+    assert logged.train.images.visited == set(trusted.nonzero().flatten().tolist())
+
+
+def test_retrain_has_the_loss_of_plain_training_with_rows_of_the_whole_set(view, isolation, victim):
+    """An attacker that owns the loss knows its samples by their numbers in the training set."""
+    asked = []
+
+    def attackers_loss(model, batch):
+        asked.append(batch.index)
+        assert torch.equal(batch.labels, view.train.labels[batch.index])
+        assert torch.equal(batch.pixels, view.train.images[batch.index].float() / 255)
+        return 0 * cross_entropy()(model, batch)
+
+    shrunk = Retrain("unflagged").remove(replace(view, train_loss=attackers_loss), victim, isolation)
+    kept = (~isolation.flagged).nonzero().flatten().tolist()
+    assert sorted(torch.cat(asked).tolist()) == sorted(kept * 3)
+    start, end = view.new_model(4).head.weight, shrunk.head.weight
+    torch.testing.assert_close(end / end.norm(), start / start.norm())  # only weight decay moved it
 
 
 def test_retrain_owes_the_victim_nothing(view, isolation, victim, tmp_path, rows):
@@ -476,20 +594,26 @@ def test_retrain_owes_the_victim_nothing(view, isolation, victim, tmp_path, rows
         for parameter in broken.parameters():
             parameter.fill_(float("nan"))
     elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
-    one = Retrain().remove(view, victim, isolation)
-    two = Retrain().remove(replace(view, stages=elsewhere), broken, isolation)
+    one = Retrain("unflagged").remove(view, victim, isolation)
+    two = Retrain("unflagged").remove(replace(view, stages=elsewhere), broken, isolation)
     assert same(state(one), state(two))
     images = view.train.images.float() / 255
     with torch.no_grad():
         assert (one(images).argmax(1) == view.train.labels).double().mean() > 0.9
 
 
-def test_retrain_refuses_when_all_is_flagged(view, victim):
-    with pytest.raises(BenchError, match="every training sample is flagged"):
-        Retrain().remove(view, victim, Isolation(flagged=torch.ones(128, dtype=torch.bool)))
+@pytest.mark.parametrize(
+    ("kept", "split", "says"),
+    [("unflagged", Isolation(~NOBODY), "every training sample is flagged"),
+     ("trusted", Isolation(~NOBODY), "every training sample is flagged"),
+     ("trusted", Isolation(NOBODY, NOBODY), r"trusts no sample, set defense\.removal\.rows=unflagged")],
+)  # fmt: skip
+def test_retrain_refuses_when_nothing_is_left(view, victim, kept, split, says):
+    with pytest.raises(DataError, match=says):
+        Retrain(kept).remove(view, victim, split)
 
 
 def test_retrain_follows_the_victims_drop_last(logged, isolation, victim):
     view = replace(logged, train_config=replace(logged.train_config, drop_last=True))
-    Retrain().remove(view, victim, isolation)  # 106 clean rows in batches of 32
+    Retrain("unflagged").remove(view, victim, isolation)  # 106 clean rows in batches of 32
     assert [len(batch) for batch in logged.train.images.batches] == [32, 32, 32] * 3

@@ -198,6 +198,39 @@ def test_without_a_holdout_it_is_refused():
     DEFAULT.check(replace(facts, holdout_size=1))
 
 
+def test_a_split_that_is_not_there_is_refused_before_anything_is_loaded(bench):
+    asked = []
+    facts = Facts(4, 16, 128, 3, 4, holdout_size=40, outline=lambda: asked.append(1) or build(WRN, 16))
+    DEFAULT.check(facts)
+    assert not asked  # auto is in every network
+    replace(DEFAULT, split=11).check(facts)
+    with pytest.raises(ConfigError, match=r"defense\.removal\.split='12/2' .* 9/5, 11/3, 13/1"):
+        replace(DEFAULT, split="12/2").check(facts)
+    words = ("attack=none", "defense=trap", "defense.removal=replace_head", "holdout.size=64")
+    refused = bench(*words, "defense.removal.split=12/2")
+    assert (refused.code, refused.out) == (2, "")
+    assert "defense.removal.split='12/2' is not allowed with this model: choose auto" in refused.err
+
+
+@pytest.mark.parametrize("spec", [WRN, RESNET34, SMALL, VGG19("none")])
+def test_the_outline_has_the_blocks_of_the_network_and_no_storage(spec):
+    with torch.device("meta"):
+        outline = spec.build(2, 32, MEAN, STD)
+    assert {value.device.type for value in outline.state_dict().values()} == {"meta"}
+    assert split_table(outline) == split_table(build(spec))
+
+
+def test_classes_that_the_holdout_lacks_are_told(view, blobs, progress):
+    short = with_recipe(epochs=1)
+    short.remove(view, build(WRN, 16).eval(), NOTHING)
+    assert progress.warnings == []
+    held = (blobs.labels % 2 == 0).nonzero().flatten()
+    few = replace(view, holdout=ImageSet(blobs.images[held], blobs.labels[held], 4))
+    short.remove(few, build(WRN, 16).eval(), NOTHING)
+    (warning,) = progress.warnings
+    assert "the holdout of 64 images has none of class 1, 3: a new head cannot know that class" in warning
+
+
 # ------------------------------------------------------------------ dropout
 
 
@@ -341,6 +374,16 @@ def test_paper_trains_as_stage_1_and_code_has_its_own_values(recipe):
         drop_last=True, label_smoothing=0.1,
     )  # fmt: skip
     assert replace(DEFAULT.recipes["paper"], epochs=2).on(base, 0.0).warmup_epochs == 2
+
+
+@pytest.mark.parametrize("own", [{"lr": 0.01}, {"schedule": "cosine"}])
+def test_a_schedule_of_its_own_does_not_end_where_the_first_training_does(recipe, own):
+    base = replace(recipe, lr=0.5, lr_min=0.05, warmup_epochs=1.0, warmup_from=0.2)
+    paper = DEFAULT.recipes["paper"]
+    assert (paper.on(base, 0.1).lr_min, paper.on(base, 0.1).warmup_from) == (0.05, 0.2)
+    config = replace(paper, **own).on(base, 0.1)
+    assert (config.lr_min, config.warmup_from) == (0, 0)
+    assert config.lr == own.get("lr", 0.5)
 
 
 @pytest.mark.parametrize(

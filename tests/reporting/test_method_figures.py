@@ -22,6 +22,8 @@ from backdoor_bench.types import (
     ImageSet,
     Isolation,
     LossLandscape,
+    Reconstructions,
+    SampleMap,
     ScoreHistogram,
     SplitGrid,
     StoredCase,
@@ -83,6 +85,10 @@ FIGURES = {
     "rows": ImageRows("n", "rows", {"one": torch.rand(3, 3, 8, 8), "$two": torch.rand(3, 3, 8, 8)}),
     "grid": SplitGrid("n", "grid", ("_a", "$b"), {("_a", "$b"): split(), ("$b", "$b"): split()}, ("first", "second")),
     "scatter": FeatureScatter("n", "features", lambda images: images.mean((2, 3))),
+    "map": SampleMap(
+        "n", "map $x^{$", torch.arange(9, 60, 5), {"_a": torch.rand(11, 2), "after $b": torch.rand(11, 2)}
+    ),
+    "reconstructions": Reconstructions("n", "made", lambda images: 1 - images),
     "landscape": LossLandscape("n", "loss", nn.Sequential(nn.Flatten(), nn.Linear(192, 4))),
 }
 UNKNOWN = Truth(None, None)
@@ -102,6 +108,11 @@ UNKNOWN = Truth(None, None)
         ("scatter", evaluator(test=None), False),
         ("scatter", evaluator(tests=(StoredCase("s", image_set(20)),)), True),
         ("scatter", evaluator(UNKNOWN), True),
+        ("reconstructions", evaluator(tests=()), True),
+        ("reconstructions", evaluator(test=None), False),
+        ("reconstructions", evaluator(test=None, tests=(StoredCase("s", image_set(20)),)), True),
+        ("reconstructions", evaluator(UNKNOWN), True),
+        ("map", evaluator(UNKNOWN, (), None), True),
     ],
 )
 def test_drawn_where_what_it_needs_is_known(name, given, drawn, tmp_path):
@@ -163,6 +174,27 @@ def test_images_are_shown_as_they_are(tmp_path):
     draw(ImageRows("n", "t", {}), tmp_path / "f.png", evaluator(), image_set(), NAMES)
 
 
+@pytest.mark.parametrize("kind", ["case", "stored", "none"])
+def test_reconstructions_stand_below_the_images_they_are_made_of(tmp_path, monkeypatch, kind):
+    test, stored = image_set(), image_set(20)
+    cases = {"case": (case(2, 1),), "stored": (StoredCase("s", stored),), "none": ()}[kind]
+    shown = []
+    monkeypatch.setattr(method_figures, "_image_rows", lambda figure, path: shown.append(figure))
+    given = evaluator(tests=cases)
+    draw(Reconstructions("n", "t", lambda images: 1 - images), tmp_path / "f.png", given, image_set(), NAMES)
+    rows = shown[0].rows
+    assert list(rows) == ["clean", "clean, decoded", "triggered", "triggered, decoded"][: 2 if kind == "none" else 4]
+    picked = torch.arange(2, 60, 4)[[0, 1, 3, 4, 6, 7, 9, 10, 12, 14]] if kind == "case" else None
+    places = torch.tensor([0, 6, 13, 19, 26, 32, 39, 45, 52, 59]) if picked is None else picked
+    assert torch.equal(rows["clean"], test.images[places].float() / 255)
+    if kind == "case":
+        assert torch.equal(rows["triggered"], bright(test.images[places]).float() / 255)
+    if kind == "stored":
+        assert torch.equal(rows["triggered"], stored.images[[0, 2, 4, 6, 8, 10, 12, 14, 16, 19]].float() / 255)
+    for name in list(rows)[::2]:
+        assert torch.equal(rows[f"{name}, decoded"], 1 - rows[name])
+
+
 def test_the_grid_shows_the_evaluators_precisions(tmp_path, monkeypatch):
     drawn = []
 
@@ -213,6 +245,24 @@ def test_a_stored_set_has_no_known_classes_but_a_target():
     (stamped,) = evaluator(tests=(stored,)).stamped()
     found = method_figures._one_class(stamped, image_set().labels)
     assert (found.source, found.target, len(found.images)) == (None, 3, 20)
+
+
+def test_a_sample_map_shows_the_truth_of_its_rows_on_common_axes(tmp_path, monkeypatch):
+    drawn, canvas = [], method_figures._figure
+    monkeypatch.setattr(method_figures, "_figure", lambda *args: drawn.append(canvas(*args)) or drawn[0])
+    rows = torch.tensor([0, 1, 2, 3, 12, 59])  # 0 and 12 are poisoned, 1 is cover
+    points = torch.tensor([[0.0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 0]])
+    panels = {"one": points, "two": points + torch.tensor([[0.0, 7.0]])}
+    draw(SampleMap("n", "t", rows, panels), tmp_path / "f.png", evaluator(), image_set(), NAMES)
+    one, two = drawn[0].axes
+    assert (one.get_xlim(), one.get_ylim()) == (two.get_xlim(), two.get_ylim())
+    assert one.get_ylim()[0] < 0
+    assert one.get_ylim()[1] > 7
+    assert [axis.get_title() for axis in (one, two)] == ["one", "two"]
+    black = [dots for dots in two.collections if dots.get_facecolors()[0].tolist() == [0, 0, 0, 1]]
+    assert black[0].get_offsets().tolist() == [[0, 7], [4, 7]]
+    assert sum(len(dots.get_offsets()) for dots in one.collections) == 6
+    assert one.get_legend().get_texts()[-1].get_text() == "poisoned (2)"
 
 
 # ------------------------------------------------------------------ loss

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from backdoor_bench.training.contrastive import contrastive_loss, positive_mask
+from backdoor_bench.training.precision import full_float32
 
 T, BASE = 0.1, 0.07
 
@@ -125,3 +127,53 @@ def test_mixed_precision_is_left_outside():
         mixed = contrastive_loss(z, mask, T, BASE)
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed, plain)
+
+
+SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn)
+
+
+@pytest.fixture(params=[False, True])
+def tf32(request):
+    """Both switches set to this; put back afterwards."""
+    before = [switch.allow_tf32 for switch in SWITCHES]
+    for switch in SWITCHES:
+        switch.allow_tf32 = request.param
+    yield request.param
+    for switch, value in zip(SWITCHES, before, strict=True):
+        switch.allow_tf32 = value
+
+
+class Products(TorchFunctionMode):
+    """Notes at each matrix product whether TF32 is allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if "matmul" in getattr(function, "__name__", ""):
+            self.allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return function(*args, **(kwargs or {}))
+
+
+def test_similarities_are_computed_without_tf32(tf32):
+    with Products() as products:
+        contrastive_loss(projections(4), torch.eye(4, dtype=torch.bool), T, BASE)
+    assert products.allowed == [False]
+    assert [switch.allow_tf32 for switch in SWITCHES] == [tf32, tf32]
+
+
+def test_full_float32_puts_everything_back_after_an_error_too(tf32):
+    one, two = torch.rand(8, 8), torch.rand(8, 8)
+
+    def failing():
+        with full_float32("cpu"):
+            assert (one @ two).dtype == torch.float32
+            assert not any(switch.allow_tf32 for switch in SWITCHES)
+            raise KeyError
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(KeyError):
+            failing()
+        assert (one @ two).dtype == torch.bfloat16
+    assert [switch.allow_tf32 for switch in SWITCHES] == [tf32, tf32]
