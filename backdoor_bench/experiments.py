@@ -6,11 +6,16 @@ job is the same groups plus what the printed variant of the defence means here. 
     defaults: [override /paper: trap]    the overlay all its jobs have
     sweep:
       tables: [trap_table1]              printed tables whose cells it runs
-      rate: attack.poison_rate           the key that takes the printed rate, where a table varies it; else null
+      notes: (Fig 4)                     only the rows of them whose notes have this; else null
+      rate: attack.poison_rate           the key that takes the printed rate, where a table varies it; else null. Or
+                                         {0.1: "", 0.05: attack.poison_rate=0.0527}: printed rate -> overrides
       average_of: [badnets, sig]         the attacks behind a printed average that has no rows of its own
-      variants: {trap:eps=2.5: defense.isolation.eps=2.5}    printed variant -> overrides, separated by spaces
-      cells: [attack=sig defense=trap,dbr seed=0,1]          more jobs: small grids of overrides
+      variants: {trap:eps=2.5: defense.isolation.eps=2.5}    printed defence -> overrides, separated by spaces; "" where
+                                                             the variant is what the overlays say anyway
+      cells: ['attack=sig defense=trap,dbr']                 more jobs: small grids of overrides
       set: [defense.isolation.all_pairs=true]                overrides of every job
+
+A job says only what differs from the overlays of its paper, so that cells of two tables which mean the same run share it.
 
 Only this module knows that format; ``launch`` runs the jobs, ``scripts/make_tables.py`` finds their results again.
 """
@@ -30,7 +35,7 @@ REFERENCE = Path(__file__).resolve().parent / "reference"
 COORDINATES = ("dataset", "model", "attack", "defense")
 # Printed rows that summarise others.
 SUMMARIES = ("average", "any", "all", "clean_label")
-FIELDS = ("tables", "rate", "average_of", "variants", "cells", "set")
+FIELDS = ("tables", "notes", "rate", "average_of", "variants", "cells", "set")
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Experiment:
     title: str
     paper: str | None
     tables: tuple[str, ...] = ()
-    rate: str | None = None
+    notes: str | None = None
+    rate: str | Mapping[str, str] | None = None
     average_of: tuple[str, ...] = ()
     variants: Mapping[str, str] = field(default_factory=dict)
     cells: tuple[str, ...] = ()
@@ -98,15 +104,11 @@ def names(conf: Path) -> list[str]:
 
 def load(conf: Path, name: str) -> Experiment:
     """The experiment ``name`` of the folder ``conf``; ConfigError if there is none or its file is not as above."""
-    import difflib
-
     import yaml
 
     file = conf / "experiment" / f"{name}.yaml"
     if name not in names(conf):
-        near = difflib.get_close_matches(name, names(conf), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"experiment={name} is unknown{hint}; valid: {', '.join(names(conf)) or 'none'}")
+        raise _unknown("experiment", name, names(conf))
     text = file.read_text(encoding="utf-8")
     value = yaml.safe_load(text) or {}
     sweep = value.get("sweep") or {}
@@ -118,8 +120,20 @@ def load(conf: Path, name: str) -> Experiment:
         (line[1:].strip() for line in text.splitlines() if line.startswith("# ") and "@package" not in line), name
     )
     listed = {key: tuple(map(str, sweep.get(key) or ())) for key in ("tables", "average_of", "cells", "set")}
-    variants = dict(sweep.get("variants") or {})
-    return Experiment(name, title, next(iter(papers), None), rate=sweep.get("rate"), variants=variants, **listed)
+    variants = {str(key): str(words or "") for key, words in (sweep.get("variants") or {}).items()}
+    rate = sweep.get("rate")
+    if isinstance(rate, dict):
+        rate = {_rate(key): str(words or "") for key, words in rate.items()}
+    paper = next(iter(papers), None)
+    return Experiment(name, title, paper, notes=sweep.get("notes"), rate=rate, variants=variants, **listed)
+
+
+def _unknown(group: str, name: str, valid: Sequence[str]) -> ConfigError:
+    import difflib
+
+    near = difflib.get_close_matches(name, valid, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return ConfigError(f"{group}={name} is unknown{hint}; valid: {', '.join(valid) or 'none'}")
 
 
 def printed(table: str) -> list[Printed]:
@@ -161,15 +175,20 @@ def jobs(
 
     chosen: values of groups given on the command line. They narrow the jobs; a value that no job has takes the place of
     the jobs' own (``dataset=photo_digits`` runs a table on other data). fixed: groups that a budget chooses for all jobs
-    (its model). Raises ConfigError if nothing is left.
+    (its model), unless ``chosen`` has them. Raises ConfigError for a value that neither a job nor a file has, and if
+    nothing is left.
     """
-    found = [*_printed_jobs(experiment), *_grid_jobs(experiment)]
-    for group, values in {**(chosen or {}), **{group: [name] for group, name in (fixed or {}).items()}}.items():
+    every = found = [*_printed_jobs(experiment), *_grid_jobs(experiment)]
+    for group, values in (chosen or {}).items():
+        own = {job.groups.get(group) for job in every}
+        others = [name for name in dict.fromkeys(values) if name not in own]
+        for name in others:
+            _check_exists(conf, group, name)
         kept = [job for job in found if job.groups.get(group) in values]
-        if kept and group not in (fixed or {}):
-            found = kept
-        else:
-            found = [replace(job, groups={**job.groups, group: name}) for job in found for name in values]
+        found = [*kept, *(_moved(job, group, name) for name in others for job in found)]
+    for group, name in (fixed or {}).items():
+        if group not in (chosen or {}):
+            found = [_moved(job, group, name) for job in found]
     unique: dict[tuple[Any, ...], Job] = {}
     for job in found:
         earlier = unique.get(job.key, job)
@@ -179,9 +198,18 @@ def jobs(
     return [_checked(conf, job) for job in unique.values()]
 
 
+def _check_exists(conf: Path, group: str, name: str) -> None:
+    if not (conf / group / f"{name}.yaml").is_file():
+        raise _unknown(group, name, sorted(file.stem for file in (conf / group).glob("*.yaml")))
+
+
+def _moved(job: Job, group: str, name: str) -> Job:
+    return replace(job, groups={**job.groups, group: name})
+
+
 def _printed_jobs(experiment: Experiment) -> Iterator[Job]:
     for table in experiment.tables:
-        rows = printed(table)
+        rows = [row for row in printed(table) if experiment.notes is None or experiment.notes in row.notes]
         own = {row.cell for row in rows if row.attack not in SUMMARIES}
         behind = {(cell[1], cell[2], cell[4], cell[5]) for cell in own}
         for cell in dict.fromkeys(row.cell for row in rows):
@@ -194,15 +222,17 @@ def _printed_jobs(experiment: Experiment) -> Iterator[Job]:
 
 def _printed_job(experiment: Experiment, cell: tuple[str, ...], attack: str) -> Job:
     _, dataset, model, _, defense, rate = cell
-    words = []
-    if ":" in defense:
-        if defense not in experiment.variants:
-            raise DataError(
-                f"conf/experiment/{experiment.name}.yaml does not say what {defense!r} means (sweep.variants)"
-            )
-        words += experiment.variants[defense].split()
+    file = f"conf/experiment/{experiment.name}.yaml"
+    if ":" in defense and defense not in experiment.variants:
+        raise DataError(f"{file} does not say what {defense!r} means (sweep.variants)")
+    words = experiment.variants.get(defense, "").split()
     if experiment.rate and rate and float(rate) > 0:
-        words.append(f"{experiment.rate}={float(rate):g}")
+        if isinstance(experiment.rate, str):
+            words.append(f"{experiment.rate}={_rate(rate)}")
+        elif _rate(rate) not in experiment.rate:
+            raise DataError(f"{file} does not say what the poisoning rate {rate} means (sweep.rate)")
+        else:
+            words += experiment.rate[_rate(rate)].split()
     groups = {"dataset": dataset, "model": model, "attack": attack, "defense": defense.partition(":")[0]}
     return _job(experiment, groups, words, (cell,))
 
@@ -233,6 +263,11 @@ def subgroup(word: str) -> str:
     if sign and key.lstrip("+~") in ("defense.isolation", "defense.removal") and "{" not in value:
         return f"{key.replace('.', '/')}={value}"
     return word
+
+
+def _rate(text: str | float) -> str:
+    """A printed rate as it is compared and written: 0.10 and 0.1 are one."""
+    return f"{float(text):g}"
 
 
 def _split(word: str) -> tuple[str, str, str]:
