@@ -328,13 +328,13 @@ def _sample_map(
     size = float(np.clip(25_000 / len(labels), 1.2, 14))
     nowhere, everywhere = np.zeros(len(labels), dtype=bool), np.ones(len(labels), dtype=bool)
 
-    canvas = _figure(6.0 * len(panels), 6.9, figure.title)
+    canvas = _figure(6.0 * len(panels), 7.6, figure.title)  # square panels, a legend of four rows
     axes = canvas.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, points) in zip(axes, panels.items(), strict=True):
         _by_class(axis, points, labels, class_names, poisoned, nowhere, everywhere, size)
         axis.set_xlim(middle[0] - reach, middle[0] + reach)
         axis.set_ylim(middle[1] - reach, middle[1] + reach)
-        axis.set_aspect("equal", adjustable="datalim")
+        axis.set_aspect("equal")
         _bare(axis)
         axis.set_title(_text(name, 60), fontsize=11)
     return _save(canvas, path)
