@@ -6,16 +6,19 @@ the job: a ``_target_`` outside this package (and Hydra's launchers and sweepers
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import hashlib
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backdoor_bench.errors import BenchError, ConfigError, SweepFailed
+from backdoor_bench.errors import BenchError, ConfigError, Interrupted, SweepFailed
 from backdoor_bench.targets import is_ours
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 GROUPS = ("dataset", "model", "attack", "defense", "hardware", "tracking", "paper", "experiment", "budget")
 SECTIONS = (
     *("dataset", "model", "train", "train.augment", "attack", "defense", "hardware", "tracking"),
-    *("holdout", "evaluation", "resume"),
+    *("holdout", "evaluation", "resume", "sweep"),
 )
 # Written with a dot on the command line, chosen as a group by Hydra.
 SUBGROUPS = ("defense.isolation", "defense.removal")
@@ -36,7 +39,11 @@ HYDRA_TARGETS = re.compile(r"(hydra\._internal\.core_plugins\.\w+|hydra_plugins(
 RESOLVER = re.compile(r"\$\{([^}:]*):")
 RESOLVERS = ("oc.env", "hydra", "now")
 # Everything else that Hydra takes could bring another configuration, or a pickle, past the check of targets.
-OPTIONS = ("-m", "--multirun", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "job", "all", "hydra")
+SWEEP_OPTIONS = ("-m", "--multirun")
+SHOW_OPTIONS = ("--cfg", "-c", "--info", "-i")  # print something and stop
+OPTIONS = (*SWEEP_OPTIONS, *SHOW_OPTIONS, "--resolve", "--package", "-p", "job", "all", "hydra")
+# Hydra's own launchers, by the extra of pyproject.toml that installs them.
+LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 MAX_JOBS = 10_000
 MANY = "--many"  # allows more
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
@@ -48,6 +55,9 @@ def main(task: Task, conf: Path, argv: list[str]) -> int:
 
     task: called once a job with what plan.prepare made ready; returns the path of its result.
     """
+    from backdoor_bench.processes import watch_parent
+
+    watch_parent()
     if any(word in ("--help", "-h") for word in argv):
         print(help_text(conf))
         return 0
@@ -80,37 +90,39 @@ def fail(message: str, code: int, show_trace: bool) -> int:
 
 
 def _run(task: Task, conf: Path, argv: list[str], show_trace: bool, many: bool) -> int:
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
     for word in argv:
         if not _is_override(word) and word not in OPTIONS:
             raise ConfigError(f"{word} is neither KEY=VALUE nor an option{_nearest(word, list(GROUPS))}; see --help")
     words = [word for word in argv if _is_override(word)]
+    sweeps = any(option in argv for option in SWEEP_OPTIONS)
+    sweeps |= any(word.lstrip("+").startswith("experiment=") for word in words)
+    if sweeps and not any(option in argv for option in SHOW_OPTIONS):
+        return _sweep(task, conf, words, show_trace, many)
     check_command(conf, words, many)
-    sweep_name = f"sweep-{hashlib.sha256(' '.join(sorted(words)).encode()).hexdigest()[:8]}"
-    # Errors are raised when Hydra has returned: it prints "Error executing job" over whatever passes through it.
-    failures: list[tuple[str, Exception]] = []
-    done: list[Path] = []
+    # Raised when Hydra has returned: it prints "Error executing job" over whatever passes through it.
+    failures: list[Exception] = []
 
     def job(config: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
         state = HydraConfig.get()
-        overrides = list(state.overrides.task)
-        sweep = state.mode == RunMode.MULTIRUN
-        if any(getattr(error, "exit_code", 1) == 7 for _, error in failures):
-            return  # asked to stop: the remaining jobs of the sweep are left for the next time
         try:
             refuse_foreign_targets(config)
-            choices = dict(state.runtime.choices)
-            result = guarded(task, config, overrides, sweep_name if sweep else None, choices)
+            group = None if config.sweep.name is None else str(config.sweep.name)
+            result = guarded(task, config, list(state.overrides.task), group, dict(state.runtime.choices))
         except Exception as error:
-            failures.append((" ".join(overrides), error))
-            if sweep:
-                fail(f"{' '.join(overrides)}: {error}", 8, show_trace)
+            failures.append(error)
             return
-        done.append(result)
         print(f"result: {result}", flush=True)
+
+    _start_hydra(conf, argv, job)
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def _start_hydra(conf: Path, argv: Sequence[str], job: Callable[[DictConfig], None]) -> None:
+    import hydra
 
     before = sys.argv
     sys.argv = ["run.py", *argv]
@@ -118,13 +130,81 @@ def _run(task: Task, conf: Path, argv: list[str], show_trace: bool, many: bool) 
         hydra.main(config_path=str(conf), config_name="config", version_base="1.3")(job)()
     finally:
         sys.argv = before
+
+
+def _sweep(task: Task, conf: Path, words: list[str], show_trace: bool, many: bool) -> int:
+    """The jobs that ``words`` mean, handed to the launcher that they choose; returns 0 or raises SweepFailed."""
+    from backdoor_bench import sweep as sweeps
+
+    start = time.perf_counter()
+    sweep, options = sweeps.expand(conf, words, many)
+    if options.dry_run:
+        from backdoor_bench.dry_run import print_plan
+
+        print_plan(conf, sweep, options)
+        return 0
+    sweep.begin(words)
+    runner = InProcess(task, sweep.folder, show_trace)
+    places = [word for word in words if word.startswith("output_root=")]
+    own = [f"hydra.sweeper.file={quoted(str(sweep.folder / 'jobs.json'))}", f"sweep.name={sweep.name}"]
+    stopped: Interrupted | None = None
+    try:
+        _start_hydra(conf, ["--multirun", *sweeps.outer_words(words), *places, *own], runner)
+    except Interrupted as error:
+        stopped = error
+    summary = sweeps.Summary.of(sweep)
+    print(summary.text(time.perf_counter() - start), flush=True)
+    stopped = stopped or runner.stopped
+    if stopped is not None:
+        raise stopped
+    failures = summary.failures()
     if failures:
-        stopped = getattr(failures[-1][1], "exit_code", 1) == 7
-        if stopped or len(failures) + len(done) == 1:
-            raise failures[-1][1]
-        lines = "\n".join(f"  {name}\n    {type(error).__name__}: {error}" for name, error in failures)
-        raise SweepFailed(f"{len(failures)} of {len(failures) + len(done)} jobs failed, the others finished:\n{lines}")
+        raise SweepFailed(failures)
     return 0
+
+
+@dataclass
+class InProcess:
+    """What ``hydra/launcher=basic`` calls for each job of a sweep, all in this process.
+
+    folder: the sweep's; stopped: why no further job is to be started.
+    """
+
+    task: Task
+    folder: Path
+    trace: bool
+    stopped: Interrupted | None = None
+
+    def __call__(self, config: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        from backdoor_bench import sweep as sweeps
+
+        if self.stopped is not None:
+            return  # the remaining jobs are left for the next time
+        state = HydraConfig.get()
+        words = tuple(word for word in state.overrides.task if not word.startswith("sweep."))
+        sweep, job = sweeps.Sweep(str(config.sweep.name), self.folder, ()), sweeps.SweepJob(words)
+        start = time.perf_counter()
+        status = sweeps.Status(sweeps.RUNNING, words, attempts=1)
+        status.write(sweep, job)
+        try:
+            refuse_foreign_targets(config)
+            choices = dict(state.runtime.choices)
+            result = guarded(self.task, config, list(state.overrides.task), sweep.name, choices)
+        except Exception as error:
+            if isinstance(error, Interrupted):
+                self.stopped = error
+            else:
+                fail(f"{' '.join(words)}: {error}", 8, self.trace)
+            status = sweeps.Status(
+                sweeps.STOPPED if self.stopped is not None else sweeps.FAILED, words, attempts=1,
+                exit_code=getattr(error, "exit_code", 1), reason=f"{type(error).__name__}: {_one_line(error)}",
+            )  # fmt: skip
+        else:
+            print(f"result: {result}", flush=True)
+            status = sweeps.Status(sweeps.DONE, words, exit_code=0, result=str(result), attempts=1)
+        replace(status, seconds=time.perf_counter() - start).write(sweep, job)
 
 
 def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: str | None, choices: dict[str, Any]) -> Path:
@@ -132,26 +212,14 @@ def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: str | N
 
     sweep: the name that the jobs of one sweep share, None for a single run.
     """
-    from hydra.errors import InstantiationException
-    from omegaconf.errors import OmegaConfBaseException
-
     from backdoor_bench.errors import OutOfMemory
-    from backdoor_bench.plan import prepare
     from backdoor_bench.training import interrupt
 
     try:
-        plan = prepare(config, overrides, sweep, choices)
+        plan = prepared(config, overrides, sweep, choices)
         interrupt.install()
-        return task(plan)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, BenchError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
-        raise ConfigError(_one_line(error)) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
+        with _translated():
+            return task(plan)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, so is the CPU's
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
@@ -161,33 +229,47 @@ def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: str | N
         ) from error
 
 
+def prepared(config: DictConfig, overrides: list[str], sweep: str | None, choices: dict[str, Any]) -> Plan:
+    """As plan.prepare, with the errors of Hydra's instantiation turned into ours."""
+    from backdoor_bench.plan import prepare
+
+    with _translated():
+        return prepare(config, overrides, sweep, choices)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, BenchError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise ConfigError(_one_line(error)) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+
+
 # ---------------------------------------------------------------------- checks before Hydra starts
 
 
-def check_command(conf: Path, overrides: list[str], many: bool = False) -> None:
-    """Compose the configuration (first value of each sweep) and refuse foreign targets; Hydra's errors pass through.
+def check_command(conf: Path, overrides: list[str], many: bool = False) -> DictConfig:
+    """The composed configuration (first value of each sweep), foreign targets refused; Hydra's errors pass through.
 
     many: allow a sweep of more than MAX_JOBS jobs.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    single, jobs = [], 1
-    for text, override in zip(overrides, parsed, strict=True):
-        if override.is_sweep_override():
-            values = _swept(override, conf)
-            if not values:
-                raise ConfigError(f"{text} sweeps over no value: the sweep is empty")
-            jobs *= len(values)
-            single.append(f"{text.split('=', 1)[0]}={values[0]}")
-        else:
-            single.append(text)
-    if jobs > MAX_JOBS and not many:
-        raise ConfigError(f"the sweep has {jobs} jobs, more than {MAX_JOBS}: split it, or add {MANY} to run them all")
+    axes = alternatives(overrides, conf)
+    check_count(axes, many)
     with initialize_config_dir(str(conf), version_base="1.3"):
-        config = compose("config", single, return_hydra_config=True)
+        config = compose("config", [axis[0] for axis in axes], return_hydra_config=True)
     refuse_foreign_targets(config)
     for key in SECTIONS:
         if not OmegaConf.is_dict(OmegaConf.select(config, key)):
@@ -198,6 +280,31 @@ def check_command(conf: Path, overrides: list[str], many: bool = False) -> None:
     missing = {key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")}
     if missing:
         raise ConfigError(f"{sorted(missing)[0]} has no value: give it on the command line ({sorted(missing)[0]}=...)")
+    return config
+
+
+def alternatives(overrides: Sequence[str], conf: Path) -> list[list[str]]:
+    """For each override the words it stands for: one, or one for each value it sweeps over."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    found = []
+    for text, override in zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True):
+        if override.is_sweep_override():
+            values = _swept(override, conf)
+            if not values:
+                raise ConfigError(f"{text} sweeps over no value: the sweep is empty")
+            key = text.split("=", 1)[0]
+            found.append([f"{key}={value}" for value in values])
+        else:
+            found.append([text])
+    return found
+
+
+def check_count(axes: Sequence[Sequence[Any]], many: bool) -> None:
+    """Refuse a product of more than MAX_JOBS jobs unless ``many``."""
+    jobs = math.prod(len(axis) for axis in axes)
+    if jobs > MAX_JOBS and not many:
+        raise ConfigError(f"the sweep has {jobs} jobs, more than {MAX_JOBS}: split it, or add {MANY} to run them all")
 
 
 def _swept(override: Any, conf: Path) -> list[str]:
@@ -246,6 +353,11 @@ def _is_override(word: str) -> bool:
     return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
+def quoted(text: str) -> str:
+    """Text as the value of an override, whatever characters it has."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
+
+
 def _subgroup(word: str) -> str:
     """``defense.isolation=fct`` as Hydra wants it: ``defense/isolation=fct``."""
     key, sign, value = word.partition("=")
@@ -268,7 +380,9 @@ def explain(error: Exception, conf: Path, overrides: list[str]) -> str | None:
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, name = str(error.missing_cfg_file).rsplit("/", 1)
         valid = [option for option in error.options if option]
-        return f"{group}={name} is unknown{_nearest(name, valid)}; valid: {', '.join(sorted(valid))}"
+        extra = LAUNCHER_EXTRAS.get(name) if group == "hydra/launcher" else None
+        install = f"; it comes with pip install 'backdoor-bench[{extra}]'" if extra else ""
+        return f"{group}={name} is unknown{_nearest(name, valid)}; valid: {', '.join(sorted(valid))}{install}"
     missing = re.search(r"[Mm]issing mandatory value: (\S+)", str(error))
     if missing:
         return f"{missing.group(1)} has no value: give it on the command line ({missing.group(1)}=...)"
@@ -335,6 +449,7 @@ def help_text(conf: Path) -> str:
         "",
         "usage: python run.py [GROUP=CHOICE ...] [KEY=VALUE ...]",
         "       python run.py -m GROUP=CHOICE,CHOICE,... seed=0,1,2     every combination; what is done is skipped",
+        "       python run.py experiment=ID [GROUP=CHOICE ...]          the cells of a printed table, narrowed",
         "",
         "examples:",
         "  python run.py                                               badnets against trap, embedded data, 2 min",
@@ -343,6 +458,7 @@ def help_text(conf: Path) -> str:
         "  python run.py dataset=folder dataset.root=DIR attack=none   clean an untrusted folder of images",
         "  python run.py defense.removal=retrain                       another way to repair the model",
         "  python run.py -m attack=none,badnets defense=no_defense,trap seed=0,1",
+        "  python run.py experiment=trap_table1 budget=small sweep.dry_run=true     what it would do, and how long",
         "  python run.py attack=badnets --cfg job                      print the configuration and stop",
         "",
     ]
@@ -357,6 +473,9 @@ def help_text(conf: Path) -> str:
     lines += [
         "further keys: seed, output_root, holdout.size, holdout.source, train.* (recipe), resume.redo",
         "  and every key of the chosen files: dataset.limit, attack.poison_rate, defense.isolation.eps, ...",
+        "sweeps (docs/sweeps.md): sweep.dry_run=true lists the jobs, sweep.jobs=N runs N side by side, sweep.retry=N,",
+        "  sweep.time_limit=MINUTES, sweep.gpus=[0,1], sweep.name=NAME; hydra/launcher=processes (a process a job),",
+        "  basic (all in one), and joblib, submitit_local, submitit_slurm, ray where installed. The same command goes on.",
         "exit codes: 0 done, 1 bug, 2 configuration, 3 data, 4 diverged, 5 out of memory, 6 disk, 7 interrupted,",
         "  8 some jobs of a sweep failed. --traceback shows where an error came from.",
     ]

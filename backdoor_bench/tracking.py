@@ -98,6 +98,23 @@ class Tracker:
 
         self._put(job)
 
+    def artifact(self, name: str, kind: str, paths: Sequence[Path]) -> None:
+        """Mirror files and folders as a new version of the artefact ``name``; ``kind`` is W&B's type of it. They are not
+        copied: offline they have to stay as they are until they are sent."""
+
+        def job(run: Any) -> None:
+            import wandb
+
+            made = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_NAME_LENGTH], type=kind)
+            for path in paths:
+                if path.is_dir():
+                    made.add_dir(str(path), name=path.name, policy="immutable")
+                else:
+                    made.add_file(str(path), policy="immutable")
+            run.log_artifact(made)
+
+        self._put(job)
+
     def finish(self, summary: Mapping[str, Any], *, failed: bool = False) -> None:
         """Mirror the final values and close the run; returns after ``finish_timeout`` seconds at the latest. A second
         call does nothing."""
@@ -137,6 +154,14 @@ class Tracker:
                 if not self._given_up:
                     self._warn(f"W&B failed ({_reason(error)}); the run goes on without it")
                 run = None
+
+
+def load(conf: Path, mode: str, group: str | None) -> TrackingConfig:
+    """The settings of conf/tracking/``mode``.yaml, for what is tracked outside of a run."""
+    import yaml
+
+    values = yaml.safe_load((conf / "tracking" / f"{mode}.yaml").read_text(encoding="utf-8"))
+    return TrackingConfig(**{key: value for key, value in values.items() if not key.startswith("_")} | {"group": group})
 
 
 def start(
