@@ -4,6 +4,7 @@
 python scripts/summarise_runs.py outputs
 python scripts/summarise_runs.py outputs --epochs                # also what each detection epoch found
 python scripts/summarise_runs.py outputs --csv benchmarks/x.csv
+python scripts/summarise_runs.py outputs --tidy runs.parquet     # every metric, one row a run and metric; or .csv
 python scripts/summarise_runs.py outputs --attacks               # undefended runs beside the papers' values
 """
 
@@ -11,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from backdoor_bench import collect, launch
+from backdoor_bench.collect import Run
+from backdoor_bench.errors import BenchError
 from backdoor_bench.results import write_table
 
-NAMES = ("dataset", "model", "attack", "defense", "variant", "seed")
 ROOT = Path(__file__).resolve().parent.parent
 CONF, REFERENCE = ROOT / "conf", ROOT / "backdoor_bench" / "reference"
 PAPERS = {"trap": "TRAP", "ebd": "EBD", "tr": "T&R", "meca": "MeCa"}
@@ -29,49 +31,40 @@ MAIN_TABLES = {"trap": ("1", "2", "6", "text"), "ebd": ("2",), "tr": ("1", "7"),
 STAGES = ("train", "features", "embedding", "clustering", "removal", "total")
 
 
-def finished(roots: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder, result) of every readable result.json, sorted; a torn one is named on standard error."""
-    for file in sorted(path for root in roots for path in root.rglob("result.json")):
-        try:
-            yield file.parent, json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            print(f"{file} is torn and left out", file=sys.stderr)
-
-
-def changed(attack: str, config: dict[str, Any]) -> str:
+def changed(attack: str, config: Mapping[str, Any]) -> str:
     """The keys of ``attack`` that a run had set to something else than conf/attack says, ``key=value`` each."""
     import yaml
 
-    default = yaml.safe_load((CONF / "attack" / f"{attack}.yaml").read_text(encoding="utf-8"))
-    return ", ".join(_changed("", default, config["attack"]))
+    file = CONF / "attack" / f"{attack}.yaml"
+    default = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return ", ".join(_changed("", default, config["attack"] or {}))
 
 
-def _changed(prefix: str, default: dict[str, Any], told: dict[str, Any]) -> Iterator[str]:
+def _changed(prefix: str, default: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:
     for key, value in default.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from _changed(f"{prefix}{key}.", value, told.get(key, {}))
         # What refers to other keys (``${seed}``) is no setting of its own.
         elif key in told and told[key] != value and not (isinstance(value, str) and "${" in value):
             yield f"{prefix}{key}={told[key]}"
 
 
-def row_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """One run as a flat row; metrics as fractions or None, seconds of each stage."""
-    import yaml
-
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    undefended, metrics = result["undefended"] or {}, result["metrics"]
-    row = {name: result[name] for name in NAMES}
+def row_of(run: Run) -> dict[str, Any]:
+    """One run as a flat row; metrics as fractions or None, seconds of each stage. What its files lack is None."""
+    undefended, metrics = run.part("undefended"), run.part("metrics")
+    train = run.config("train") or {}
+    row: dict[str, Any] = {name: getattr(run, name) for name in ("dataset", "model", "attack", "defense")}
+    row |= {"variant": run.result.get("variant"), "seed": run.seed}
     row |= {f"undefended_{name}": undefended.get(name) for name in ("acc", "asr")}
     row |= {name: metrics.get(name) for name in ("acc", "asr", "target_class_acc", "precision", "recall")}
-    row |= {"attack_settings": changed(row["attack"], config), "epochs": config["train"]["epochs"]}
-    row |= {"crop_and_flip": config["train"].get("augment", {}).get("crop_padding", 0) > 0}
+    row |= {"attack_settings": changed(run.attack, {"attack": run.config("attack")}), "epochs": train.get("epochs")}
+    row |= {"crop_and_flip": (train.get("augment") or {}).get("crop_padding", 0) > 0}
     row |= {"asr_floor": metrics.get("asr_floor")}
-    row |= {name: result["poison"][name] for name in ("n_train", "n_poisoned", "n_cover", "n_flagged")}
-    row |= {f"seconds_{name}": result["seconds"].get(name) for name in STAGES}
-    environment = result["environment"]
-    row |= {name: environment[name] for name in ("device", "threads", "embedding", "torch", "git")}
-    return row | {"arithmetic": environment["precision"]}
+    row |= {name: run.part("poison").get(name) for name in ("n_train", "n_poisoned", "n_cover", "n_flagged")}
+    row |= {f"seconds_{name}": run.part("seconds").get(name) for name in STAGES}
+    environment = run.part("environment")
+    row |= {name: environment.get(name) for name in ("device", "threads", "embedding", "torch", "git")}
+    return row | {"arithmetic": environment.get("precision")}
 
 
 def percent(value: float | None) -> str:
@@ -154,22 +147,32 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("roots", nargs="+", type=Path)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--tidy", type=Path, metavar="FILE", help="every metric of every run, .csv or .parquet")
     parser.add_argument("--epochs", action="store_true")
     parser.add_argument("--attacks", action="store_true")
-    arguments = parser.parse_args(argv)
-    found = list(finished(arguments.roots))
-    if not found:
+    try:
+        return summarise(parser.parse_args(argv))
+    except BenchError as error:
+        return launch.fail(str(error), error.exit_code, False)
+
+
+def summarise(arguments: argparse.Namespace) -> int:
+    """Print the table and write the files that are asked for."""
+    runs = collect.read(arguments.roots)
+    if not runs:
         print(f"no finished run below {', '.join(map(str, arguments.roots))}", file=sys.stderr)
         return 2
-    rows = [row_of(folder, result) for folder, result in found]
+    rows = [row_of(run) for run in runs]
     print(attack_table(rows) if arguments.attacks else markdown(rows))
     if arguments.epochs:
-        for folder, result in found:
-            if result["diagnostics"]:
-                print(f"\n{result['dataset']} {result['attack']} {result['defense']} seed {result['seed']}\n")
-                print(epoch_table(folder))
+        for run in runs:
+            if run.part("diagnostics") and (run.folder / "metrics.csv").is_file():
+                print(f"\n{run.dataset} {run.attack} {run.defense} seed {run.seed}\n")
+                print(epoch_table(run.folder))
     if arguments.csv:
         write_table(arguments.csv, rows)
+    if arguments.tidy:
+        collect.write(collect.frame(runs), arguments.tidy)
     return 0
 
 

@@ -1,0 +1,350 @@
+"""A printed table beside stored results: the exact files, statistics, what is not there, bad input."""
+
+from pathlib import Path
+
+import pytest
+
+from backdoor_bench import collect, experiments
+from backdoor_bench.errors import ConfigError
+from backdoor_bench.reporting import compare, tables
+from backdoor_bench.reporting.compare import Tolerance, stat
+from scripts import make_tables
+from tests.conftest import CONF as REAL
+from tests.fake_runs import fake_run
+
+EXPECTED = Path(__file__).parent / "expected"
+HEAD = "paper,table,dataset,model,attack,defense,poison_rate,metric,value,unit,notes"
+PRINTED = [
+    "none,no_defense,0,acc,95.1",
+    "badnets,no_defense,0.1,acc,94.8", "badnets,no_defense,0.1,asr,100.0",
+    "sig,no_defense,0.1,acc,94.0", "sig,no_defense,0.1,asr,99.0",
+    "average,no_defense,0.1,acc,94.4", "average,no_defense,0.1,asr,90.0",
+    "badnets,trap,0.1,acc,94.5", "badnets,trap,0.1,asr,0.1",
+    "sig,trap,0.1,acc,94.1", "sig,trap,0.1,asr,",
+    "average,trap,0.1,acc,94.3",
+    "badnets,trap:eps=2.5,0.1,precision,99.9",
+    "badnets,ghost,0.1,acc,90.0",
+    "any,trap,0.1,recall_lower_bound,94",
+]  # fmt: skip
+DEMO = """# @package _global_
+# Demo Table 1: two defences
+defaults:
+  - override /paper: trap
+sweep:
+  tables: [demo_table1]
+  variants: {"trap:eps=2.5": defense.isolation.eps=2.5}
+  cells: [dataset=cifar10 model=resnet18 attack=badnets defense=trap defense.isolation.eps=3.5]
+"""
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A folder of configurations with one experiment, and the printed table it stands for."""
+    conf, reference = tmp_path / "conf", tmp_path / "reference"
+    reference.mkdir()
+    rows = [line.split(",") for line in PRINTED]
+    lines = [f"demo,1,cifar10,resnet18,{a},{d},{rate},{metric},{value},%," for a, d, rate, metric, value in rows]
+    (reference / "demo_table1.csv").write_text("\n".join([HEAD, *lines]) + "\n")
+    names = {
+        "dataset": ["cifar10", "photo_digits"], "model": ["resnet18", "small_cnn"], "attack": ["none", "badnets", "sig"],
+        "defense": ["no_defense", "trap"], "paper": ["trap"],
+    }  # fmt: skip
+    for group, files in names.items():
+        (conf / group).mkdir(parents=True)
+        for name in files:
+            (conf / group / f"{name}.yaml").touch()
+    (conf / "experiment").mkdir()
+    (conf / "experiment" / "demo_table1.yaml").write_text(DEMO)
+    (conf / "budget").mkdir()
+    small = "# @package _global_\n# Minutes a run.\ndefaults:\n  - override /model: small_cnn\n"
+    (conf / "budget" / "small.yaml").write_text(small)
+    monkeypatch.setattr(experiments, "REFERENCE", reference)
+    monkeypatch.setattr(make_tables, "CONF", conf)
+    return conf
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three seeds without a defence, one or two of TRAP, one with another eps."""
+    root = tmp_path / "runs"
+    for attack in ("badnets", "sig"):
+        for seed, shift in enumerate((0.0, 0.01, 0.02)):
+            fake_run(root, attack, "no_defense", seed, acc=0.93 + shift, asr=0.99)
+    fake_run(root, "badnets", "trap", 0, acc=0.901, asr=0.0, precision=1.0)
+    fake_run(root, "badnets", "trap", 1, acc=0.903, asr=0.004, precision=1.0)
+    fake_run(root, "sig", "trap", 0, acc=0.95, asr=0.02, precision=None)
+    fake_run(root, "badnets", "trap", 0, settings=("defense.isolation.eps=2.5",), acc=0.9, precision=None)
+    # None of these belongs to a cell: another paper, another setting, a reduced budget.
+    fake_run(root / "x", "none", "no_defense", paper=None, acc=0.1)
+    fake_run(root / "y", "none", "no_defense", settings=("train.epochs=3",), acc=0.1)
+    fake_run(root / "z", "none", "no_defense", budget="small", acc=0.1)
+    return root
+
+
+def test_the_exact_files_of_stored_results(conf, runs, tmp_path, capsys):
+    assert make_tables.main(["demo_table1", str(runs), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == (EXPECTED / "demo_table1.md").read_text()
+    for ending in ("md", "csv", "tex"):
+        made = (tmp_path / "out" / f"demo_table1.{ending}").read_text()
+        assert made == (EXPECTED / f"demo_table1.{ending}").read_text()
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_students_interval_by_hand():
+    # Mean 4, sum of squares 8, deviation 2; t(0.975, 2) = 4.302653 from a printed table; 4.302653 * 2 / sqrt(3).
+    found = stat([2.0, 4.0, 6.0])
+    assert (found.mean, found.std, found.n) == (4.0, 2.0, 3)
+    assert found.high - found.mean == pytest.approx(4.968276, abs=1e-5)
+    assert found.mean - found.low == pytest.approx(4.968276, abs=1e-5)
+    # t(0.975, 4) = 2.776445: five values 1..5, deviation sqrt(2.5).
+    assert stat([1, 2, 3, 4, 5]).high == pytest.approx(3 + 2.776445 * (2.5 / 5) ** 0.5, abs=1e-5)
+
+
+def test_one_seed_has_no_interval_and_none_no_statistics():
+    assert stat([7.0]) == compare.Stat(7.0, None, None, None, 1)
+    assert stat([]) is None
+
+
+def test_an_average_uses_the_seeds_that_all_its_cells_have(conf, runs):
+    rows = _rows(conf, runs)
+    average = next(row for row in rows if (row.attack, row.defense, row.metric) == ("average", "trap", "acc"))
+    assert average.ours.mean == pytest.approx((90.1 + 95) / 2)
+    assert average.ours.n == 1
+
+
+def test_an_average_of_which_a_cell_lacks_is_not_compared(conf, runs, tmp_path):
+    rows = _rows(conf, runs, chosen={"attack": ["badnets"]})
+    assert {row.attack for row in rows} == {"badnets", "average"}
+    assert {row.status for row in rows if row.attack == "average"} == {compare.INCOMPLETE}
+    sig = next(path for path in runs.rglob("sig/trap/default/seed0/result.json"))
+    sig.unlink()
+    average = next(row for row in _rows(conf, runs) if (row.attack, row.defense) == ("average", "trap"))
+    assert (average.status, average.ours, average.note) == (compare.INCOMPLETE, None, "1 of 2 attacks")
+
+
+def test_the_deviation_a_paper_prints_is_compared_with_ours(conf, runs):
+    lines = [
+        "demo,1,cifar10,resnet18,badnets,no_defense,0.1,acc_std,0.9,%,",
+        "demo,1,cifar10,resnet18,sig,trap,0.1,acc_std,1,%,",
+    ]
+    file = experiments.REFERENCE / "demo_table1.csv"
+    file.write_text("\n".join([HEAD, *lines]) + "\n")
+    first, second, _ = _rows(conf, runs)
+    assert first.ours.mean == pytest.approx(1.0)
+    assert first.ours.n == 3
+    assert first.within is None
+    assert (second.ours, second.note) == (None, "a deviation needs two seeds")
+
+
+def test_time_and_reconstruction_error(conf, tmp_path):
+    lines = [
+        "demo,1,cifar10,resnet18,badnets,trap,0.1,time_min,36.45,min,",
+        "demo,1,cifar10,resnet18,badnets,trap,0.1,mse,0.0085,,",
+    ]
+    (experiments.REFERENCE / "demo_table1.csv").write_text("\n".join([HEAD, *lines]) + "\n")
+    folder = fake_run(tmp_path / "runs", acc=0.5)
+    text = (
+        (folder / "result.json")
+        .read_text()
+        .replace('"diagnostics": null', '"diagnostics": {"reconstruction_mse": 0.0123}')
+    )
+    (folder / "result.json").write_text(text)
+    time, mse = _rows(conf, tmp_path / "runs")[:2]
+    # Two minutes of stages, not the 90.5 s of a run that took some of them from the cache.
+    assert (time.ours.mean, time.within, mse.ours.mean, mse.within) == (2.0, None, 0.0123, None)
+    assert tables.ours(mse) == "0.0123"
+
+
+# ------------------------------------------------------------------ tolerance
+
+
+def test_tolerances():
+    ours, wide = compare.Stat(94.0, 1.0, 91.5, 96.5, 3), compare.Stat(94.0, None, None, None, 1)
+    assert Tolerance().judge("acc", 95.0, ours) is True
+    assert Tolerance().judge("acc", 95.1, ours) is False
+    assert Tolerance().judge("asr", 99.0, ours) is True
+    assert Tolerance().judge("time_min", 1.0, ours) is None
+    assert Tolerance.of(["2"]).judge("acc", 96.0, ours) is True
+    assert Tolerance.of(["asr=0.5"]).judge("asr", 95.0, ours) is False
+    assert Tolerance.of(["interval"]).judge("acc", 96.4, ours) is True
+    assert Tolerance.of(["interval"]).judge("acc", 97.0, ours) is False
+    assert Tolerance.of(["interval"]).judge("acc", 97.0, wide) is None
+    for bad in ("-1", "acc=x", "nonsense=1", "", "1e400"):
+        with pytest.raises(ConfigError, match="--tolerance"):
+            Tolerance.of([bad])
+
+
+# ------------------------------------------------------------------ which run belongs to which cell
+
+
+def test_a_budget_and_other_data_stand_in_the_title(conf, tmp_path, capsys):
+    root = tmp_path / "runs"
+    fake_run(root, "badnets", "trap", dataset="photo_digits", model="small_cnn", budget="small", acc=0.7, asr=0.1)
+    arguments = ["demo_table1", str(root), "--budget", "small", "--dataset", "photo_digits", "--measured"]
+    assert make_tables.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == (
+        "# Demo Table 1: two defences; at the reduced budget small (Minutes a run); dataset photo_digits instead of "
+        "cifar10; model small_cnn instead of resnet18"
+    )
+    assert out[2] == "## cifar10, resnet18 (ours: photo_digits, small_cnn)"
+    assert "| badnets | trap | ACC | 94.5 | 70.00 | 1 | -24.50 | ! |" in out
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
+        f"demo_table1-budget=small,dataset=photo_digits.{ending}" for ending in ("csv", "md", "tex")
+    ]
+
+
+def test_a_budget_that_was_not_named_is_hinted_at(conf, tmp_path, capsys):
+    fake_run(tmp_path / "runs", model="small_cnn", budget="small", acc=0.7)
+    assert make_tables.main(["demo_table1", str(tmp_path / "runs")]) == 0
+    assert "those there are have the budget small" in capsys.readouterr().err
+
+
+def test_settings_of_the_whole_sweep(conf, tmp_path, capsys):
+    settings = ("defense.isolation.eps=2.5", "train.epochs=3")
+    fake_run(tmp_path / "runs", settings=settings, precision=0.5)
+    assert make_tables.main(["demo_table1", str(tmp_path / "runs"), "--measured", "--with", "train.epochs=3"]) == 0
+    out = capsys.readouterr().out
+    assert "with train.epochs=3" in out
+    assert "| badnets | trap:eps=2.5 | precision | 99.9 | 50.00 |" in out
+    # As in a sweep, a later word replaces an earlier one with its key.
+    assert compare.merged(["a=1", "b=2"], ["a=3"]) == ("a=3", "b=2")
+
+
+def test_a_result_from_before_settings_were_recorded_is_no_cell(conf, tmp_path):
+    folder = fake_run(tmp_path / "runs", acc=0.5)
+    text = (folder / "result.json").read_text().replace('"settings": [], ', "")
+    (folder / "result.json").write_text(text)
+    assert not any(row.ours for row in _rows(conf, tmp_path / "runs"))
+
+
+# ------------------------------------------------------------------ text
+
+
+def test_names_with_specials_are_escaped_in_every_format(conf, tmp_path, capsys):
+    name = r"a|b_<script>&%$#{}~^\[x](y)"
+    (conf / "attack" / f"{name}.yaml").touch()
+    file = conf / "experiment" / "demo_table1.yaml"
+    cell = f"'dataset=cifar10 model=resnet18 defense=trap attack={name}'"
+    file.write_text(DEMO.replace("tables: [demo_table1]", "tables: []").split("  cells:")[0] + f"  cells: [{cell}]\n")
+    fake_run(tmp_path / "runs", attack=name, acc=0.5, folder=tmp_path / "runs" / "odd")
+    comparison = compare.compare(
+        conf, experiments.load(conf, "demo_table1"), collect.newest(collect.read([tmp_path / "runs"]))
+    )
+    assert r"| a\|b\_\<script\>\&%$#{}~^\\\[x\](y) | trap | ACC | 50.00 | 1 |" in tables.markdown(comparison)
+    latex = tables.latex(comparison)
+    assert (
+        r"a\textbar{}b\_\textless{}script\textgreater{}\&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}{[}x{]}(y)"
+        r" & trap & ACC & 50.00 & 1 \\"
+    ) in latex
+    assert "95 \\% interval" not in latex  # empty columns are left out
+
+
+def test_control_characters_do_not_break_a_row(conf, tmp_path):
+    assert tables._plain("a\nb\t\x1b[31mc") == "a b [31mc"
+
+
+def test_csv_rows_are_disarmed(conf, runs):
+    made = compare.compare(conf, experiments.load(conf, "demo_table1"), collect.newest(collect.read([runs])))
+    odd = compare.Comparison("x", "x", None, ("=cmd",), Tolerance(), made.rows[:1])
+    assert "'=cmd" in tables.csv_text(odd)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["demo_tabel1"], "'demo_tabel1' is no table and no experiment (did you mean demo_table1?)"),
+        (["demo_table1", "--budget", "smal"], "budget=smal is unknown; valid: small"),
+        (["demo_table1", "--dataset", "cifar"], "dataset=cifar is unknown (did you mean cifar10?)"),
+        (["demo_table1", "--tolerance", "x"], "--tolerance x is not allowed"),
+        (["demo_table1", "--with", "train.epochs"], "--with train.epochs is not allowed: give KEY=VALUE"),
+        (["demo_table1", "--wandb"], "--wandb needs --out DIR"),
+    ],
+)
+def test_bad_words_end_with_2_and_one_message(conf, runs, capsys, argv, told):
+    assert make_tables.main([argv[0], str(runs), *argv[1:]]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {told}")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_is_not_there_and_a_newer_schema(conf, tmp_path, capsys):
+    assert make_tables.main(["demo_table1", str(tmp_path / "nowhere")]) == 2
+    fake_run(tmp_path / "runs", schema=99, acc=0.5)
+    assert make_tables.main(["demo_table1", str(tmp_path / "runs")]) == 3
+    assert "schema 99" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ the real tables
+
+
+def test_a_printed_table_without_an_experiment_of_its_own_and_one_with():
+    assert compare.find(REAL, "trap_table1").name == "trap_table1"
+    with pytest.raises(ConfigError, match="no experiment runs the whole of the printed table trap_text"):
+        compare.find(REAL, "trap_text")
+
+
+@pytest.mark.parametrize("name", experiments.names(REAL))
+def test_every_experiment_lists_all_its_printed_numbers(name):
+    experiment = experiments.load(REAL, name)
+    made = compare.compare(REAL, experiment, {})
+    printed = [row for row in made.rows if row.table]
+    of_tables = [
+        row
+        for table in experiment.tables
+        for row in experiments.printed(table)
+        if experiment.notes is None or experiment.notes in row.notes
+    ]
+    assert len(printed) == len(of_tables)
+    assert made.count(compare.MEASURED) == 0
+    assert tables.markdown(made)
+    assert tables.latex(made)
+    assert tables.csv_text(made)
+
+
+def test_w_and_b_is_told_through_tracking_alone(conf, runs, tmp_path, monkeypatch):
+    from backdoor_bench import tracking
+
+    told = []
+
+    class Fake:
+        def artifact(self, name, kind, paths):
+            told.append((name, kind, [path.name for path in paths]))
+
+        def table(self, name, path, max_rows):
+            told.append((name, path.name))
+
+        def finish(self, summary):
+            told.append(summary["measured"])
+
+    def start(config, folder, about, title, tags, warn):
+        told.append((config.mode, config.group, folder, about["experiment"]))
+        return Fake()
+
+    monkeypatch.setattr(tracking, "start", start)
+    (conf / "tracking").symlink_to(REAL / "tracking")
+    out = tmp_path / "out"
+    assert make_tables.main(["demo_table1", str(runs), "--out", str(out), "--wandb"]) == 0
+    files = [f"demo_table1.{ending}" for ending in ("md", "tex", "csv")]
+    assert told == [
+        ("offline", "demo_table1", out, "demo_table1"),
+        ("demo_table1", "table", files),
+        ("table", "demo_table1.csv"),
+        11,
+    ]
+
+
+def _print(*rows):
+    """The demo's printed table with these rows instead."""
+    lines = [f"demo,1,cifar10,resnet18,{row}" for row in rows]
+    (experiments.REFERENCE / "demo_table1.csv").write_text("\n".join([HEAD, *lines]) + "\n")
+
+
+def _rows(conf, root, **more):
+    runs = collect.newest(collect.read([root]))
+    return compare.compare(conf, experiments.load(conf, "demo_table1"), runs, **more).rows
