@@ -77,14 +77,21 @@ class Run:
 
     def config(self, section: str) -> Any:
         """A section of config.yaml, or one of its plain values; None where the file or the section is missing."""
-        return _parsed(_sections(self.config_text() or "").get(section, ""), section)
+        return _parsed(self._sections.get(section, ""), section)
 
+    @functools.cached_property
     def config_text(self) -> str | None:
         """config.yaml as it is; None without one."""
         try:
             return (self.folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
+
+    @functools.cached_property
+    def _sections(self) -> Mapping[str, str]:
+        """config.yaml, a block-style file, section by section: parsing them all would take most of the time."""
+        parts = re.split(r"(?m)^(?=[A-Za-z_])", self.config_text or "")
+        return {part.split(":", 1)[0]: part for part in parts if ":" in part}
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage, as long as it took when it was made (``total``, this run's own, is left out)."""
@@ -143,12 +150,12 @@ def unit(metric: str) -> str:
 def read(roots: Sequence[Path], warn: Warn = to_stderr) -> list[Run]:
     """All finished runs below ``roots``, each folder once, sorted by folder.
 
-    warn: told of each torn file, and once of results of an older schema. Raises ConfigError for a root that is no folder,
+    warn: told of each torn file, and once of older results. Raises ConfigError for a root that is no folder,
     DataError for a result of a newer schema.
     """
     from backdoor_bench.results import SCHEMA
 
-    runs, old = [], 0
+    runs, old, before = [], 0, 0
     for file in _result_files(roots):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
@@ -166,8 +173,11 @@ def read(roots: Sequence[Path], warn: Warn = to_stderr) -> list[Run]:
             warn(f"{file} is no result of a run and left out")
             continue
         old += schema < SCHEMA
+        before += schema == SCHEMA and runs[-1].settings is None
     if old:
         warn(f"{old} results are of a schema before {SCHEMA}: what they do not hold stays empty")
+    if before:
+        warn(f"{before} results are from before their settings were recorded: they stand for no cell of a table")
     return runs
 
 
@@ -265,12 +275,6 @@ def _finished_at(folder: Path) -> tuple[float, str]:
 def _number(value: Any) -> float | None:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if plain else None
-
-
-def _sections(text: str) -> dict[str, str]:
-    """The top level of a block-style YAML file, section by section: parsing them all would take most of the time."""
-    parts = re.split(r"(?m)^(?=[A-Za-z_])", text)
-    return {part.split(":", 1)[0]: part for part in parts if ":" in part}
 
 
 def yaml_file(path: Path) -> Mapping[str, Any] | None:

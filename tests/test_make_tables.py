@@ -213,11 +213,12 @@ def test_settings_of_the_whole_sweep(conf, tmp_path, capsys):
     assert compare.merged(["a=1", "b=2"], ["a=3"]) == ("a=3", "b=2")
 
 
-def test_a_result_from_before_settings_were_recorded_is_no_cell(conf, tmp_path):
+def test_a_result_from_before_settings_were_recorded_is_no_cell(conf, tmp_path, capsys):
     folder = fake_run(tmp_path / "runs", acc=0.5)
     text = (folder / "result.json").read_text().replace('"settings": [], ', "")
     (folder / "result.json").write_text(text)
     assert not any(row.ours for row in _rows(conf, tmp_path / "runs"))
+    assert "1 results are from before their settings were recorded" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ text

@@ -349,11 +349,11 @@ def test_sort_filter_search_charts_and_opening_a_run(browser, thousand):
     _show(browser, browser.find_element(By.ID, "tradeoff"))
     wait.until(lambda page: page.execute_script(points) == 331)
 
-    _show(browser, browser.find_element(By.CSS_SELECTOR, "input[type=search]")).send_keys("imagenet_subset trap")
+    _show(browser, browser.find_element(By.CSS_SELECTOR, "input[type=search]")).send_keys("imagenet_subset dbr")
     wait.until(lambda page: shown.text == "11 of 331 rows")
     _show(browser, browser.find_element(By.CSS_SELECTOR, "#runs .seeds a")).click()
     wait.until(lambda page: "/runs/" in page.current_url)
-    assert browser.find_element(By.TAG_NAME, "h1").text.endswith("against trap")
+    assert browser.find_element(By.TAG_NAME, "h1").text.endswith("against dbr")
     assert "python run.py" in browser.find_element(By.CSS_SELECTOR, "pre.command").text
     picture = browser.find_element(By.CSS_SELECTOR, "figure img")
     _show(browser, picture)

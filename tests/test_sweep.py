@@ -455,9 +455,9 @@ def test_no_end_of_a_job_takes_the_others_along(pool, tmp_path):
 
 def test_a_job_that_hangs_is_ended_at_its_limit(pool):
     """F11: it is asked first; one that does not hear is killed."""
-    states = pool("deaf", "ok", slots=2, minutes=0.15)
+    states = pool("deaf", "ok", slots=2, minutes=0.1)
     assert states["deaf"].state == "timed out"
-    assert states["deaf"].reason == "took longer than sweep.time_limit=0.15 minutes"
+    assert states["deaf"].reason == "took longer than sweep.time_limit=0.1 minutes"
     assert states["deaf"].exit_code == -9
     assert states["ok"].state == "done"
 

@@ -155,7 +155,9 @@ def leaderboard(cells: compare.Cells, pages: Mapping[Path, Page]) -> list[dict[s
             {
                 **{name: getattr(first, name) or "" for name in FILTERS if name != "device"},
                 "device": str(first.part("environment").get("device") or ""),
-                "settings": "not recorded" if first.settings is None else " ".join(first.settings),
+                "settings": f"not recorded: {first.result.get('variant')}"
+                if first.settings is None
+                else " ".join(first.settings),
                 "isolation": first.isolation or first.defense,
                 "numbers": numbers,
                 "stages": {
@@ -270,7 +272,7 @@ def _write_pages(
         seeds = [(run.seed, pages[run.folder].name) for run in cells[one.run.cell].values()]
         text = page.render(
             root="../", run=one.run, name=one.name, seeds=seeds, command=command(one.run, conf), shares=SHARES,
-            isolation=ISOLATION, figures=_figures(one, folder, out, options.figures), config=one.run.config_text(),
+            isolation=ISOLATION, figures=_figures(one, folder, out, options.figures), config=one.run.config_text,
         )  # fmt: skip
         _write(folder / "runs" / f"{one.name}.html", text)
 
