@@ -5,7 +5,7 @@ BIN := .venv/bin
 BACKDOOR_BENCH_DATA ?= $(wildcard ../shared/data)
 export BACKDOOR_BENCH_DATA
 
-.PHONY: venv run table test test-slow lint format bench clean
+.PHONY: venv run table report test test-slow lint format bench clean
 
 venv: .venv/.done
 
@@ -33,6 +33,11 @@ table: venv
 	@test -n "$(TABLE)" || { echo "Which table? make table TABLE=trap_table1"; exit 2; }
 	@$(BIN)/python run.py -m experiment=$(TABLE) $(ARGS); code=$$?; \
 	  $(BIN)/python scripts/make_tables.py $(TABLE) $(table_args) || code=$$?; exit $$code
+
+# A static site over everything measured below ROOTS; open report/index.html.
+ROOTS ?= outputs
+report: venv
+	$(BIN)/python scripts/report.py $(ROOTS) --out report
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,6 +1,8 @@
 """A printed table beside stored results: the exact files, statistics, what is not there, bad input."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -338,6 +340,36 @@ def test_w_and_b_is_told_through_tracking_alone(conf, runs, tmp_path, monkeypatc
         ("table", "demo_table1.csv"),
         11,
     ]
+
+
+def test_files_and_folders_become_one_artefact(tmp_path, monkeypatch):
+    from backdoor_bench import tracking
+
+    told = []
+
+    class Artifact:
+        def __init__(self, name, type):
+            told.append((name, type))
+
+        def add_file(self, path, policy):
+            told.append(path)
+
+        def add_dir(self, path, name, policy):
+            told.append((path, name))
+
+    run = SimpleNamespace(
+        log_artifact=lambda made: told.append(type(made)), summary={}, finish=lambda exit_code: told.append(exit_code)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Artifact=Artifact))
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "runs").mkdir()
+    tracker = tracking.Tracker(lambda: run, 20.0, told.append)
+    tracker.artifact("table=<1>", "table", [tmp_path / "a.csv", tmp_path / "runs"])
+    tracker.finish({})
+    file, folder = str(tmp_path / "a.csv"), (str(tmp_path / "runs"), "runs")
+    assert told == [("table--1-", "table"), file, folder, Artifact, 0]
+    config = tracking.load(REAL, "offline", "trap_table1")
+    assert (config.mode, config.group, config.init_timeout) == ("offline", "trap_table1", 10.0)
 
 
 def _print(*rows):

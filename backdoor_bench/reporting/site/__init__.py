@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -95,23 +96,30 @@ def build(conf: Path, roots: Sequence[Path], out: Path, options: Options) -> int
 
 def measured_tables(conf: Path, cells: compare.Cells, options: Options) -> list[tuple[str, Comparison]]:
     """(page name, comparison) of each table and figure with a run, once for each budget of the runs, and for each of
-    their data sets that no paper has."""
-    budgets = sorted({cell[5] for cell in cells}, key=lambda budget: (budget is not None, budget or ""))
-    printed = {row.dataset for table in experiments.tables() for row in experiments.printed(table)}
+    their data sets and models that no paper has."""
+    rows = [row for table in experiments.tables() for row in experiments.printed(table)]
+    printed = {"dataset": {row.dataset for row in rows}, "model": {row.model for row in rows}}
     found = []
     for name in sorted(experiments.names(conf), key=_natural):
         experiment = experiments.load(conf, name)
-        replaced = sorted({cell[0] for cell in cells if cell[4] == experiment.paper} - printed)
-        for budget in budgets:
-            for dataset in (None, *replaced):
+        papers = [cell for cell in cells if cell[4] == experiment.paper]
+        for budget in sorted({cell[5] for cell in papers}, key=lambda budget: (budget is not None, budget or "")):
+            chosen_by_budget = set(experiments.budget_groups(conf, budget).values())
+            here = [cell for cell in papers if cell[5] == budget]
+            others = {
+                group: [None, *sorted({cell[place] for cell in here} - printed[group] - chosen_by_budget)]
+                for place, group in enumerate(("dataset", "model"))
+            }
+            for names in itertools.product(*others.values()):
+                chosen = {group: [value] for group, value in zip(others, names, strict=True) if value}
                 # Names of a run need not exist here: its folder may come from elsewhere.
                 with contextlib.suppress(BenchError):
                     made = compare.compare(
-                        conf, experiment, cells, budget=budget, chosen={"dataset": [dataset]} if dataset else None,
-                        settings=options.settings, tolerance=options.tolerance,
+                        conf, experiment, cells, budget=budget, chosen=chosen, settings=options.settings,
+                        tolerance=options.tolerance,
                     )  # fmt: skip
                     if made.count(compare.MEASURED):
-                        found.append((_slug("-".join(filter(None, (name, budget, dataset)))), made))
+                        found.append((_slug("-".join(filter(None, (name, budget, *names)))), made))
     return found
 
 
