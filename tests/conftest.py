@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +140,14 @@ def bench(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(code, out.getvalue(), err.getvalue())
 
     return call
+
+
+def other_in_everything(recipe, **but):
+    """A recipe that shares no value with ``recipe`` but the hardware; ``but``: values to have instead."""
+    values = dict(
+        epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
+        weight_decay=0.02, nesterov=True, schedule="multistep", schedule_unit="epoch_from_1", milestones=(1, 2),
+        gamma=0.3, warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1,
+        augment=Augmentation(4, True, 0.0, 2), snapshots=1,
+    )  # fmt: skip
+    return replace(recipe, **(values | but))

@@ -11,7 +11,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from backdoor_bench.cache import Stages
-from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.data.contrastive import ViewAugmentation
 from backdoor_bench.defenses import dst
 from backdoor_bench.defenses.dst import DST, Projected
@@ -20,7 +19,7 @@ from backdoor_bench.progress import QuietProgress
 from backdoor_bench.training.contrastive import positive_mask
 from backdoor_bench.training.fit import cross_entropy, fit
 from backdoor_bench.types import DefenderView, Facts, ImageSet, Isolation
-from tests.conftest import CONF
+from tests.conftest import CONF, other_in_everything
 
 SIZE = 128
 FLAGGED = torch.arange(SIZE) % 8 == 3
@@ -60,16 +59,6 @@ def view(blobs, new_model, recipe, rows, progress, tmp_path):
         train=blobs, holdout=None, num_classes=4, new_model=new_model, victim=None, train_config=recipe,
         train_loss=cross_entropy(), generator=torch.Generator().manual_seed(5), stages=seldom, probe=rows,
         device=torch.device("cpu"), progress=progress,
-    )  # fmt: skip
-
-
-def other_in_everything(recipe):
-    """A recipe that shares no value with ``recipe`` but the hardware."""
-    return replace(
-        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
-        weight_decay=0.02, nesterov=True, schedule="multistep", schedule_unit="epoch_from_1", milestones=(1, 2),
-        gamma=0.3, warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1,
-        augment=Augmentation(4, True, 0.0, 2), snapshots=1,
     )  # fmt: skip
 
 

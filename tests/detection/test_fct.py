@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from backdoor_bench.cache import Stages
-from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.detection import distinguish, fct
 from backdoor_bench.detection.distinguish import EarlyTraining, intra_class_loss, split_by_rank
 from backdoor_bench.detection.embedding import embed
@@ -19,6 +18,7 @@ from backdoor_bench.progress import QuietProgress
 from backdoor_bench.training.fit import cross_entropy
 from backdoor_bench.training.seeds import derive
 from backdoor_bench.types import DefenderView, Facts, ImageRows, SampleMap, ScoreHistogram, SplitGrid
+from tests.conftest import other_in_everything
 
 TRAINING = EarlyTraining(2, 0.02, 0.9, 5e-4, 32, 20)
 FCT = FCTIsolation(TRAINING, 2, 1, ["rotate", "affine"], 0.2, 0.05, 0, False)
@@ -43,16 +43,6 @@ def state(model):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def other_in_everything(recipe):
-    """A recipe that shares no value with ``recipe`` but the hardware."""
-    return replace(
-        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
-        weight_decay=0.02, nesterov=True, schedule="multistep", schedule_unit="epoch_from_1", milestones=(1, 2),
-        gamma=0.3, warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1,
-        augment=Augmentation(4, True, 0.0, 2), snapshots=1,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ loss

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from backdoor_bench.cache import Stages
-from backdoor_bench.data.augment import Augmentation
 from backdoor_bench.detection import abl, distinguish
 from backdoor_bench.detection.abl import ABLIsolation, held_up_loss
 from backdoor_bench.detection.distinguish import EarlyTraining
@@ -18,7 +17,7 @@ from backdoor_bench.errors import ConfigError
 from backdoor_bench.progress import QuietProgress
 from backdoor_bench.training.fit import cross_entropy
 from backdoor_bench.types import DefenderView, ImageSet
-from tests.conftest import CONF
+from tests.conftest import CONF, other_in_everything
 
 TRAINING = EarlyTraining(2, 0.02, 0.9, 5e-4, 32, 20)
 SPECTRAL = SpectralIsolation(TRAINING, True, False, 0.2, 0.05)
@@ -33,16 +32,6 @@ def view(blobs, new_model, recipe, stages, rows, progress):
         train=blobs, holdout=None, num_classes=4, new_model=new_model, victim=lambda: new_model(4).eval(),
         train_config=recipe, train_loss=cross_entropy(), generator=torch.Generator().manual_seed(5), stages=stages,
         probe=rows, device=torch.device("cpu"), progress=progress,
-    )  # fmt: skip
-
-
-def other_in_everything(recipe):
-    """A recipe that shares no value with ``recipe`` but the hardware."""
-    return replace(
-        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
-        weight_decay=0.02, nesterov=False, schedule="multistep", schedule_unit="epoch_from_1", milestones=(1, 2),
-        gamma=0.3, warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1,
-        augment=Augmentation(4, True, 0.0, 2), snapshots=1,
     )  # fmt: skip
 
 
@@ -191,7 +180,7 @@ def test_abl_holds_the_loss_up(view):
 
 def test_abl_score_is_the_cross_entropy_of_its_own_model(view, recipe, monkeypatch):
     models = []
-    view = replace(view, train_config=other_in_everything(recipe))
+    view = replace(view, train_config=other_in_everything(recipe, nesterov=False))
     fit = abl.fit
 
     def spy(model, data, config, **options):
@@ -217,7 +206,7 @@ def test_abl_score_is_the_cross_entropy_of_its_own_model(view, recipe, monkeypat
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_nothing_of_the_victims_recipe_leaks(view, isolation, nesterov, recipe, rows, tmp_path):
     elsewhere = Stages(tmp_path / "elsewhere", "scope", QuietProgress(), {}, rows)
-    config = replace(other_in_everything(recipe), nesterov=nesterov)
+    config = other_in_everything(recipe, nesterov=nesterov)
     one, two = isolation.isolate(view), isolation.isolate(replace(view, train_config=config, stages=elsewhere))
     assert torch.equal(one.score, two.score)
     assert torch.equal(one.flagged, two.flagged)

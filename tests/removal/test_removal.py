@@ -21,6 +21,7 @@ from backdoor_bench.removal.unlearning import Unlearning
 from backdoor_bench.training.fit import cross_entropy
 from backdoor_bench.training.recipes import recipe as made_recipe
 from backdoor_bench.types import DefenderView, ImageSet, Isolation
+from tests.conftest import other_in_everything
 
 CPU = torch.device("cpu")
 REMOVALS = {
@@ -243,16 +244,6 @@ def test_a_bad_value_names_its_key(name, key, value):
 def test_a_bad_value_of_one_module_names_its_key(name, key, value):
     with pytest.raises(ConfigError, match=rf"defense\.removal\.{key}={value!r}"):
         replace(REMOVALS[name], **{key: value})
-
-
-def other_in_everything(recipe):
-    """A recipe that shares no value with ``recipe`` but the hardware."""
-    return replace(
-        recipe, epochs=9, batch_size=7, drop_last=True, optimizer="adam", lr=0.7, momentum=0.3, betas=(0.5, 0.6),
-        weight_decay=0.02, nesterov=True, schedule="multistep", schedule_unit="epoch", milestones=(1, 2), gamma=0.3,
-        warmup_epochs=2.0, warmup_from=0.4, lr_min=0.6, label_smoothing=0.1, augment=Augmentation(4, True, 0.0, 2),
-        snapshots=1,
-    )  # fmt: skip
 
 
 def test_recipe_keeps_nothing_of_the_victims_schedule(recipe):
