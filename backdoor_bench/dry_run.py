@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from backdoor_bench import composing
 from backdoor_bench import sweep as sweeps
 
 if TYPE_CHECKING:
@@ -93,14 +94,16 @@ def estimate(past: Sequence[Past], plan: Plan) -> Estimate:
 
 
 def lines(conf: Path, sweep: Sweep, past: Sequence[Past]) -> Iterator[Line]:
-    """What each job would do, in order: 0.2 s a job."""
+    """What each job would do, in order."""
+    todo = [sweeps.composed_words(job.words, sweep.name) for job in sweep.jobs if not job.missing]
+    configs = composing.compose_all(conf, todo)
     labels = sweep.labels()
     victims = {run.victim: "" for run in past if run.training is not None}
     for job in sweep.jobs:
         if job.missing:
             yield Line(job, sweeps.MISSING, f"no file in conf/ for {', '.join(job.missing)}")
             continue
-        seen = sweeps.look(conf, job.words, sweep.name)
+        seen = sweeps.look(conf, job.words, sweep.name, next(configs))
         if seen.error is not None:
             yield Line(job, "refused", sweeps.reason(seen.error, conf, job.words))
             continue

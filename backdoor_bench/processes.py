@@ -138,7 +138,6 @@ class Pool:
         self._handles_signals = signals and threading.current_thread() is threading.main_thread()
         self._waiting: list[_Waiting] = []
         self._running: list[_Child] = []
-        self._made: set[tuple[str, ...]] = set()  # victims that are in the cache by now
         self._requests: list[int] = []  # signals
 
     def run(self, jobs: Sequence[SweepJob]) -> None:
@@ -169,9 +168,9 @@ class Pool:
         ready = [turn for turn in self._waiting if turn.not_before <= now]
         if not ready:
             return False
-        # Two jobs that train one victim would only wait for each other in the cache.
-        making = {child.turn.job.victim for child in self._running} - self._made
-        turn = next((turn for turn in ready if turn.job.victim not in making), ready[0])
+        # Jobs of one victim share its training and more (an isolation): side by side they would wait for each other.
+        busy = {child.turn.job.victim for child in self._running}
+        turn = next((turn for turn in ready if turn.job.victim not in busy), ready[0])
         self._waiting.remove(turn)
         self._take(turn)
         return True
@@ -185,7 +184,6 @@ class Pool:
             self._finish(job, Status(sweeps.FAILED, job.words, exit_code=code, reason=why, attempts=turn.attempt - 1))
             return
         if found.result is not None:
-            self._made.add(job.victim)
             self._finish(job, Status(sweeps.BEFORE, job.words, exit_code=0, result=str(found.result)))
             return
         now = time.monotonic()
@@ -265,11 +263,10 @@ class Pool:
             sweeps.DONE, job.words, exit_code=code, seconds=time.monotonic() - child.started, attempts=turn.attempt,
             log=str(child.log), result=str(child.result or _last(child.log, "result: ") or "") or None,
         )  # fmt: skip
-        if code == 0 and status.result is not None and Path(status.result).is_file():
-            self._made.add(job.victim)
-        elif self._requests and not child.timed_out:
+        done = code == 0 and status.result is not None and Path(status.result).is_file()
+        if not done and self._requests and not child.timed_out:
             status = replace(status, state=sweeps.STOPPED, result=None)
-        else:
+        elif not done:
             state, why = _judge(code, child.log)
             if child.timed_out:
                 state, why = sweeps.TIMED_OUT, f"took longer than sweep.time_limit={self.options.time_limit:g} minutes"

@@ -7,7 +7,6 @@ from the status files alone, so it does not matter who ran the jobs (hydra_plugi
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,17 +275,15 @@ class Found:
     composed: bool = True
 
 
-def look(conf: Path, words: Sequence[str], sweep: str) -> Found:
-    """A job composed, checked and prepared (0.2 s) with what is there of its result."""
-    from hydra import compose, initialize_config_dir
-
-    from backdoor_bench import launch
+def look(conf: Path, words: Sequence[str], sweep: str, config: DictConfig | None = None) -> Found:
+    """A job composed (unless ``config`` is what composing gave), checked and prepared, with what is there of its result."""
+    from backdoor_bench import composing, launch
     from backdoor_bench.results import RunFolder
 
     composed = False
     try:
-        with _apart(), initialize_config_dir(str(conf), version_base="1.3"):
-            config = compose("config", [*words, f"sweep.name={sweep}"], return_hydra_config=True)
+        if config is None:
+            config = composing.compose(conf, composed_words(words, sweep))
         launch.refuse_foreign_targets(config)
         composed = True
         plan = launch.prepared(config, list(config.hydra.overrides.task), sweep, dict(config.hydra.runtime.choices))
@@ -297,27 +294,18 @@ def look(conf: Path, words: Sequence[str], sweep: str) -> Found:
         return Found(None, None, error, composed)
 
 
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Room to compose in a process in which Hydra is running."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    place = GlobalHydra.instance()
-    running = place.hydra
-    place.clear()
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = running
+def composed_words(words: Sequence[str], sweep: str) -> list[str]:
+    """What is composed for a job of the sweep of that name."""
+    return [*words, f"sweep.name={sweep}"]
 
 
 def reason(error: Exception, conf: Path, words: Sequence[str]) -> str:
     """One line for an error of a job; the kind is named where it is none of ours."""
-    from backdoor_bench import launch
+    from backdoor_bench import composing, launch
 
     if isinstance(error, BenchError):
         return str(error)
-    with _apart():
+    with composing.apart():
         told = launch.explain(error, conf, list(words))
     return told if told is not None else f"{type(error).__name__}: {' '.join(str(error).split())}"
 

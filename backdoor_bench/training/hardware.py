@@ -58,7 +58,8 @@ class Hardware:
         torch.backends.cuda.matmul.allow_tf32 = self.precision in ("tf32", "bf16")
         torch.backends.cudnn.allow_tf32 = self.precision in ("tf32", "bf16")
         torch.backends.cudnn.benchmark = not self.deterministic
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the call alone takes a second
+            torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model moved to the device, in the memory format of the run."""
