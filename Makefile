@@ -19,20 +19,11 @@ venv: .venv/.done
 run: venv
 	$(BIN)/python run.py attack=badnets defense=trap
 
-# make table TABLE=trap_table1 ARGS="budget=small dataset=photo_digits": what is done is skipped. The table is told what it
-# needs of ARGS: where the runs are, which groups were chosen, what else decides a result.
-comma := ,
-groups := budget dataset model attack defense
-elsewhere := $(groups:%=%=%) seed=% output_root=% cache_root=% sweep.% hydra% tracking% hardware% resume.% evaluation.% dataset.root=%
-with = $(filter-out $(elsewhere),$(ARGS))
-table_args = $(patsubst output_root=%,%,$(filter output_root=%,$(ARGS))) \
-  $(foreach g,$(groups),$(addprefix --$(g)=,$(subst $(comma), ,$(patsubst $(g)=%,%,$(filter $(g)=%,$(ARGS)))))) \
-  $(if $(with),--with $(with))
-
+# make table TABLE=trap_table1 ARGS="budget=small dataset=photo_digits": what is done is skipped
 table: venv
 	@test -n "$(TABLE)" || { echo "Which table? make table TABLE=trap_table1"; exit 2; }
 	@$(BIN)/python run.py -m experiment=$(TABLE) $(ARGS); code=$$?; \
-	  $(BIN)/python scripts/make_tables.py $(TABLE) $(table_args) || code=$$?; exit $$code
+	  $(BIN)/python scripts/make_tables.py $(TABLE) $(ARGS) || code=$$?; exit $$code
 
 # A static site over everything measured below ROOTS; open report/index.html.
 ROOTS ?= outputs

@@ -16,13 +16,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
-from backdoor_bench.results import NOT_HASHED, config_hash, hashed_part, variant_name
+from backdoor_bench.results import (
+    GROUPS_IN_PATH,
+    KEYS_NOT_IN_VARIANT,
+    config_hash,
+    decides,
+    hashed_part,
+    variant_name,
+)
 from backdoor_bench.training.config import TrainConfig
 from backdoor_bench.training.hardware import Hardware
 from backdoor_bench.types import Facts
-
-GROUPS_IN_PATH = ("dataset", "model", "attack", "defense", "hardware", "tracking")
-KEYS_NOT_IN_VARIANT = ("seed", "output_root", "cache_root", "hydra", "tracking", "resume", "sweep")
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     return Plan(
         config=plain, dataset=dataset, model=model, attack=attack, defense=defense, train=train, tracking=tracking,
         hardware=hardware, seed=int(config.seed), attack_seed=int(config.attack.get("seed", config.seed)), names=names,
-        settings=sorted(text for text in overrides if _decides(text)), variant=variant, run_dir=run_dir,
+        settings=sorted(text for text in overrides if decides(text)), variant=variant, run_dir=run_dir,
         cache_dir=Path(str(config.cache_root)).expanduser(),
         floor=config.evaluation.floor, redo=bool(config.resume.redo), restart=bool(config.resume.restart),
     )  # fmt: skip
@@ -206,14 +210,6 @@ def _facts(config: DictConfig, dataset: Any, train: TrainConfig, model: Any) -> 
         holdout_source=str(config.holdout.source),
         outline=outline,
     )
-
-
-def _decides(override: str) -> bool:
-    """Whether an override decides what is computed (see Plan.settings)."""
-    key = override.split("=", 1)[0].lstrip("+~")
-    elsewhere = (*GROUPS_IN_PATH, "paper", "experiment", "budget", "dataset.root")
-    first = key.replace("/", ".").split(".")[0]
-    return not (key in elsewhere or key in NOT_HASHED or first in (*KEYS_NOT_IN_VARIANT, "hardware", "evaluation"))
 
 
 def _shown(override: str) -> str | None:

@@ -45,6 +45,8 @@ NOT_HASHED = (
         "hardware.resident_gib",
     ),
 )
+GROUPS_IN_PATH = ("dataset", "model", "attack", "defense", "hardware", "tracking")
+KEYS_NOT_IN_VARIANT = ("seed", "output_root", "cache_root", "hydra", "tracking", "resume", "sweep")
 VARIANT_LENGTH = 60
 
 
@@ -60,6 +62,15 @@ def hashed_part(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         for key, value in config.items()
         if f"{prefix}{key}" not in NOT_HASHED
     }
+
+
+def decides(override: str) -> bool:
+    """Whether a word of the command line decides what is computed, and is no group that a result names by itself (dataset,
+    model, attack, defence, paper, budget): those are a result's ``settings``."""
+    key = override.split("=", 1)[0].lstrip("+~")
+    elsewhere = (*GROUPS_IN_PATH, "paper", "experiment", "budget", "dataset.root")
+    first = key.replace("/", ".").split(".")[0]
+    return not (key in elsewhere or key in NOT_HASHED or first in (*KEYS_NOT_IN_VARIANT, "hardware", "evaluation"))
 
 
 def variant_name(overrides: Sequence[str], hash_: str) -> str:

@@ -3,25 +3,25 @@
 
     python scripts/make_tables.py trap_table1                        runs below outputs, Markdown on the screen
     python scripts/make_tables.py trap_table1 DIR1 DIR2 --format latex
-    python scripts/make_tables.py trap_table1 --budget small --dataset photo_digits --measured
-    python scripts/make_tables.py trap_table5 --with train.epochs=30 --out tables
+    python scripts/make_tables.py trap_table1 budget=small dataset=photo_digits --measured
+    python scripts/make_tables.py trap_table5 train.epochs=30 --out tables
 
-Give --budget, --dataset ... and --with as the sweep was started: a run counts for a cell only if all of its settings are
-the cell's. --out writes NAME.md, NAME.tex and NAME.csv. Exit codes: 0 done, 2 unknown name or option, 3 a result that
-cannot be read. docs/tables.md explains the columns.
+Give the words that the sweep was started with: a run counts for a cell only if all of its settings are the cell's (seed,
+hardware and paths do not matter). --out writes NAME.md, NAME.tex and NAME.csv. Exit codes: 0 done, 2 unknown name or
+option, 3 a result that cannot be read. docs/tables.md explains the columns.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone works without being installed
 
-from backdoor_bench import collect, experiments, launch  # noqa: E402
+from backdoor_bench import collect, launch  # noqa: E402
 from backdoor_bench.errors import BenchError, ConfigError  # noqa: E402
 from backdoor_bench.reporting import compare, tables  # noqa: E402
 from backdoor_bench.reporting.compare import Comparison, Tolerance  # noqa: E402
@@ -33,20 +33,17 @@ MAX_TRACKED_ROWS = 10_000
 def make(args: argparse.Namespace) -> int:
     """Print the table, write the files that are asked for."""
     experiment = compare.find(CONF, args.table)
-    chosen = {group: getattr(args, group) for group in experiments.COORDINATES if getattr(args, group)}
+    asked = compare.Asked.of(CONF, args.items)
     if args.wandb and args.out is None:
         raise ConfigError("--wandb needs --out DIR: W&B is a mirror of the files there")
-    wrong = next((word for word in args.settings if "=" not in word), None)
-    if wrong is not None:
-        raise ConfigError(f"--with {wrong} is not allowed: give KEY=VALUE, as on the sweep's command line")
-    runs = collect.newest(collect.read(args.roots))
+    runs = collect.newest(collect.read(asked.roots))
     comparison = compare.compare(
         CONF,
         experiment,
         runs,
-        budget=args.budget,
-        chosen=chosen,
-        settings=args.settings,
+        budget=asked.budget,
+        chosen=asked.chosen,
+        settings=asked.settings,
         tolerance=Tolerance.of(args.tolerance),
     )
     if not comparison.count(compare.MEASURED):
@@ -54,7 +51,7 @@ def make(args: argparse.Namespace) -> int:
     texts = render(comparison, args.measured)
     sys.stdout.write(texts[args.format])
     if args.out is not None:
-        files = write(texts, args.out, file_name(comparison, chosen))
+        files = write(texts, args.out, file_name(comparison, asked.chosen))
         if args.wandb:
             track(comparison, args, files)
     return 0
@@ -74,10 +71,12 @@ def hint(comparison: Comparison, runs: compare.Cells) -> None:
     budgets = {str(cell[5]) for cell in runs if cell[5] is not None}
     others = f"; those there are have the budget {', '.join(sorted(budgets))}" if budgets - {comparison.budget} else ""
     told = f"at budget {comparison.budget}" if comparison.budget else "without a budget"
-    collect.to_stderr(f"no run of {comparison.name} was found {told}{others} (--budget, --dataset, --model, --with)")
+    collect.to_stderr(
+        f"no run of {comparison.name} was found {told}{others}; give the sweep's words (budget=small dataset=...)"
+    )
 
 
-def file_name(comparison: Comparison, chosen: dict[str, list[str]]) -> str:
+def file_name(comparison: Comparison, chosen: Mapping[str, Sequence[str]]) -> str:
     """The experiment's name, and what was chosen on the command line."""
     from backdoor_bench.results import variant_name
     from backdoor_bench.storage import digest
@@ -116,18 +115,12 @@ def track(comparison: Comparison, args: argparse.Namespace, files: Sequence[Path
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("table", metavar="TABLE", help="an experiment or a printed table: trap_table1, ...")
-    made.add_argument("roots", nargs="*", type=Path, metavar="ROOT", help="folders with runs below them; outputs")
+    made.add_argument(
+        "items", nargs="*", metavar="ROOT|KEY=VALUE",
+        help="folders with runs below them (outputs), and the words of the sweep: budget=small dataset=cifar10 ...",
+    )  # fmt: skip
     made.add_argument("--format", choices=("md", "latex", "csv"), default="md", help="of what is printed; md")
     made.add_argument("--out", type=Path, metavar="DIR", help="write all three formats there as well")
-    made.add_argument("--budget", metavar="NAME", help="the sweep's budget; none")
-    for group in experiments.COORDINATES:
-        made.add_argument(
-            f"--{group}", action="append", metavar="NAME", help="as on the sweep's command line; may be repeated"
-        )
-    made.add_argument(
-        "--with", dest="settings", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="other settings that the sweep was started with",
-    )  # fmt: skip
     made.add_argument(
         "--tolerance", action="append", default=[], metavar="POINTS",
         help="POINTS for all shares, METRIC=POINTS, or 'interval' (what our 95 %% interval does not hold is marked); "
@@ -144,7 +137,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
     args = parser().parse_intermixed_args(argv)
-    args.roots = args.roots or [Path("outputs")]
     try:
         return make(args)
     except BenchError as error:

@@ -3,7 +3,7 @@
 
     python scripts/report.py outputs --out report                then open report/index.html, no server is needed
     python scripts/report.py DIR1 DIR2 --out report --figures link
-    python scripts/report.py outputs --out report --with train.epochs=30
+    python scripts/report.py outputs --out report train.epochs=30
 
 DIR of --out must be new, empty, or an earlier report, which is replaced. Needs the packages of the extra 'report'. Exit
 codes: 0 done, 2 unknown name or option, 3 a result that cannot be read, 6 the site cannot be written.
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone works without being installed
 
 from backdoor_bench import collect, launch  # noqa: E402
-from backdoor_bench.errors import BenchError  # noqa: E402
+from backdoor_bench.errors import BenchError, ConfigError  # noqa: E402
 from backdoor_bench.reporting import site  # noqa: E402
-from backdoor_bench.reporting.compare import Tolerance  # noqa: E402
+from backdoor_bench.reporting.compare import Asked, Tolerance  # noqa: E402
 
 CONF = ROOT / "conf"
 MAX_TRACKED_ROWS = 10_000
@@ -42,15 +42,14 @@ def track(out: Path, mode: str, group: str | None, runs: int) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("roots", nargs="+", type=Path, metavar="ROOT", help="folders with runs below them")
+    made.add_argument(
+        "items", nargs="+", metavar="ROOT|KEY=VALUE",
+        help="folders with runs below them, and other settings that the tables' sweeps were started with",
+    )  # fmt: skip
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="the site's folder")
     made.add_argument(
         "--figures", choices=site.FIGURES, default="copy",
         help="pictures of the runs: copied (as hard links where possible), linked to where they lie, or left out; copy",
-    )  # fmt: skip
-    made.add_argument(
-        "--with", dest="settings", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="other settings that the tables' sweeps were started with, as for make_tables.py",
     )  # fmt: skip
     made.add_argument(
         "--tolerance", action="append", default=[], metavar="POINTS",
@@ -68,8 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     try:
         out = args.out.expanduser().resolve()
-        options = site.Options(args.figures, tuple(args.settings), Tolerance.of(args.tolerance))
-        runs = site.build(CONF, args.roots, out, options)
+        asked = Asked.of(CONF, args.items)
+        if asked.chosen or asked.budget:
+            raise ConfigError("the report shows every data set, network, method and budget: choose them on its pages")
+        options = site.Options(args.figures, asked.settings, Tolerance.of(args.tolerance))
+        runs = site.build(CONF, asked.roots, out, options)
         if args.wandb:
             track(out, args.wandb, args.group, runs)
     except BenchError as error:

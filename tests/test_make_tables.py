@@ -184,7 +184,7 @@ def test_tolerances():
 def test_a_budget_and_other_data_stand_in_the_title(conf, tmp_path, capsys):
     root = tmp_path / "runs"
     fake_run(root, "badnets", "trap", dataset="photo_digits", model="small_cnn", budget="small", acc=0.7, asr=0.1)
-    arguments = ["demo_table1", str(root), "--budget", "small", "--dataset", "photo_digits", "--measured"]
+    arguments = ["demo_table1", str(root), "budget=small", "dataset=photo_digits", "--measured"]
     assert make_tables.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == (
@@ -207,7 +207,7 @@ def test_a_budget_that_was_not_named_is_hinted_at(conf, tmp_path, capsys):
 def test_settings_of_the_whole_sweep(conf, tmp_path, capsys):
     settings = ("defense.isolation.eps=2.5", "train.epochs=3")
     fake_run(tmp_path / "runs", settings=settings, precision=0.5)
-    assert make_tables.main(["demo_table1", str(tmp_path / "runs"), "--measured", "--with", "train.epochs=3"]) == 0
+    assert make_tables.main(["demo_table1", str(tmp_path / "runs"), "--measured", "train.epochs=3", "seed=0,1"]) == 0
     out = capsys.readouterr().out
     assert "with train.epochs=3" in out
     assert "| badnets | trap:eps=2.5 | precision | 99.9 | 50.00 |" in out
@@ -262,10 +262,12 @@ def test_csv_rows_are_disarmed(conf, runs):
     ("argv", "told"),
     [
         (["demo_tabel1"], "'demo_tabel1' is no table and no experiment (did you mean demo_table1?)"),
-        (["demo_table1", "--budget", "smal"], "budget=smal is unknown; valid: small"),
-        (["demo_table1", "--dataset", "cifar"], "dataset=cifar is unknown (did you mean cifar10?)"),
+        (["demo_table1", "budget=smal"], "budget=smal is unknown; valid: small"),
+        (["demo_table1", "dataset=cifar"], "dataset=cifar is unknown (did you mean cifar10?)"),
         (["demo_table1", "--tolerance", "x"], "--tolerance x is not allowed"),
-        (["demo_table1", "--with", "train.epochs"], "--with train.epochs is not allowed: give KEY=VALUE"),
+        (["demo_table1", "train.epochs"], "train.epochs is no folder"),
+        (["demo_table1", "train.epochs=3,4"], "train.epochs has several values (train.epochs=3, train.epochs=4)"),
+        (["demo_table1", "train.epochs=[3"], "train.epochs=[3 cannot be read as KEY=VALUE"),
         (["demo_table1", "--wandb"], "--wandb needs --out DIR"),
     ],
 )

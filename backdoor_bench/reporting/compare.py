@@ -181,6 +181,54 @@ def find(conf: Path, name: str) -> Experiment:
     raise ConfigError(f"{name!r} is no table and no experiment{hint}; there are {', '.join(valid)}")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Whose runs are wanted. roots: folders with runs; budget, chosen, settings: as ``compare`` takes them."""
+
+    roots: tuple[Path, ...]
+    budget: str | None
+    chosen: Mapping[str, Sequence[str]]
+    settings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, conf: Path, items: Sequence[str]) -> Asked:
+        """Folders and the words that a sweep was started with, in any order; ``outputs`` (or the words' ``output_root``)
+        where no folder is named. Words that change no result (seed, hardware, paths) are passed over.
+
+        Raises ConfigError for a setting with several values, which no single table has, and for a word that Hydra refuses.
+        """
+        from backdoor_bench.results import decides
+
+        words = [item for item in items if "=" in item and not Path(item).exists()]
+        roots = [Path(item).expanduser() for item in items if item not in words]
+        chosen: dict[str, Sequence[str]] = {}
+        budget, settings = None, []
+        for values in _alternatives(conf, words):
+            key, _, value = values[0].partition("=")
+            if key in experiments.COORDINATES:
+                chosen[key] = [word.partition("=")[2] for word in values]
+            elif key == "output_root":
+                roots.append(Path(value.strip("'\"")).expanduser())
+            elif len(values) > 1 and (key == "budget" or decides(values[0])):
+                raise ConfigError(f"{key} has several values ({', '.join(values)}): make one table for each")
+            elif key == "budget":
+                budget = None if value == "null" else value
+            elif decides(values[0]):
+                settings.append(values[0])
+        return cls(tuple(roots) or (Path("outputs"),), budget, chosen, tuple(settings))
+
+
+def _alternatives(conf: Path, words: Sequence[str]) -> list[list[str]]:
+    from hydra.errors import HydraException
+
+    from backdoor_bench import launch
+
+    try:
+        return launch.alternatives(words, conf)
+    except HydraException as error:
+        raise ConfigError(launch.explain(error, conf, list(words)) or str(error)) from None
+
+
 def compare(
     conf: Path,
     experiment: Experiment,

@@ -55,7 +55,7 @@ class Page:
 @dataclass(frozen=True)
 class Options:
     """figures: copied (as hard links where the disk can), linked to where they lie, or left out. settings: what the sweep
-    of every table was started with besides (``make_tables.py --with``)."""
+    of every table was started with besides."""
 
     figures: str = "copy"
     settings: tuple[str, ...] = ()
