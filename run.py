@@ -49,7 +49,8 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
 
         view = assemble.defender_view(run, poisoned, holdout, report.recorder(evaluator))
         defense = informed(plan.defense, evaluator.truth.is_poisoned, evaluator.truth.is_cover)
-        result = assemble.checked(defense.defend(view), len(view.train))
+        with report.defending():
+            result = assemble.checked(defense.defend(view), len(view.train))
         raise_if_requested()
 
         metrics = evaluator.model_metrics(result.model, final=True)

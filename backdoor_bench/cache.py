@@ -31,6 +31,8 @@ from backdoor_bench.types import Progress
 
 # Raise when the meaning of stored entries changes (formula, layout), so that old ones are not mistaken for new.
 CACHE_VERSION = 3
+WAITING = "waiting"  # seconds spent on other runs' work
+PICTURES = "figures"  # the stage of what is made for a picture alone
 
 
 class RowSink(Protocol):
@@ -156,7 +158,7 @@ class Stages:
             lock.acquire(timeout=0)
         except Timeout:  # an OSError too, so it comes first
             self._progress.say(f"another run is making '{name}' ({entry}); waiting for it")
-            lock.acquire()
+            self._wait_for(lock)
         except OSError as error:
             raise DiskError(f"cannot write to {entry}: {error}; set another output_root or cache_root") from error
         try:
@@ -164,6 +166,19 @@ class Stages:
             yield
         finally:
             lock.release()
+
+    def _wait_for(self, lock: Any) -> None:
+        """Takes the lock when its holder has ended, hears a request to stop, books the seconds as ``waiting``."""
+        from filelock import Timeout
+
+        from backdoor_bench.training.interrupt import raise_if_requested
+
+        with self.timed(WAITING):
+            while True:
+                raise_if_requested()
+                with contextlib.suppress(Timeout):
+                    lock.acquire(timeout=0.5)
+                    return
 
     def _load(self, path: Path) -> Bundle | None:
         if not path.with_suffix(".json").exists():

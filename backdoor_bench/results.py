@@ -55,6 +55,20 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return digest(hashed_part(config))
 
 
+def cell_hash(config: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of what the runs of one cell have in common: not the seeds, the hardware, the place of the data, nor how
+    it is evaluated."""
+    part = {k: v for k, v in hashed_part(config).items() if k not in ("seed", "hardware", "evaluation")}
+    dataset = {key: value for key, value in part["dataset"].items() if key != "root"}
+    return digest({**part, "dataset": dataset, "attack": _without_seeds(part["attack"])})
+
+
+def _without_seeds(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_seeds(inner) for key, inner in value.items() if key != "seed"}
+    return [_without_seeds(inner) for inner in value] if isinstance(value, list) else value
+
+
 def hashed_part(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The configuration without NOT_HASHED."""
     return {

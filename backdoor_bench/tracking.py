@@ -201,6 +201,8 @@ def start(
 
 def _open(config: TrackingConfig, arguments: Mapping[str, Any], warn: Callable[[str], None]) -> Any:
     """The W&B run, or None after a warning. Seconds: 0.7 for the import and 0.5 for the start, offline."""
+    # Its telemetry goes out in offline mode too, and where nobody answers the process waits for it at its end.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except Exception as error:  # a broken installation raises more than ImportError
@@ -215,13 +217,13 @@ def _open(config: TrackingConfig, arguments: Mapping[str, Any], warn: Callable[[
             # A helper process inherited from a parent process may end with it, and cannot be left: use one of our own.
             os.environ.pop("WANDB_SERVICE", None)
             # Login reads the settings of the session, not those of init: silent there keeps it from asking for a key.
-            wandb.setup(settings=_settings(wandb, config))
+            wandb.setup(settings=_settings(wandb, config, mode))
             run = wandb.init(
                 **arguments,
                 mode=mode,
                 resume="allow" if mode == "online" else None,  # offline, the same id is all that sync needs
                 reinit="create_new",
-                settings=_settings(wandb, config),
+                settings=_settings(wandb, config, mode),
             )
             run.define_metric("step", hidden=True)
             run.define_metric("*", step_metric="step")
@@ -238,9 +240,10 @@ def _open(config: TrackingConfig, arguments: Mapping[str, Any], warn: Callable[[
     return None
 
 
-def _settings(wandb: Any, config: TrackingConfig) -> Any:
+def _settings(wandb: Any, config: TrackingConfig, mode: str) -> Any:
     """No word on the console and nothing gathered but what we log: the run folder has the environment."""
     wanted = {
+        "mode": mode,
         "silent": True,
         "quiet": True,
         "show_errors": False,

@@ -1,8 +1,10 @@
 """Stages: made once, found again, made anew when damaged; their curves and seconds come back."""
 
+import pytest
 import torch
 
-from backdoor_bench.cache import Stages
+from backdoor_bench.cache import WAITING, Stages
+from backdoor_bench.errors import Interrupted
 
 
 def folder_of(stages, name):
@@ -91,3 +93,21 @@ def test_a_second_run_waits_for_the_one_that_holds_the_step(stages, progress):
         assert holder.stdout.readline() == "held\n"
         assert stages.tensors("x", lambda: {"v": torch.tensor(2)})["v"].item() == 1
     assert "waiting for it" in progress.said[0]
+
+
+def test_a_wait_for_another_run_is_booked_and_hears_a_request_to_stop(stages, monkeypatch):
+    """A job that waits must end with its sweep, and its wait is no time of its own."""
+    import filelock
+
+    stages.tensors("x", lambda: {"v": torch.tensor(1)})
+    lock = filelock.FileLock(folder_of(stages, "x") / "lock")
+    requests = iter([False, True])
+    monkeypatch.setattr("backdoor_bench.training.interrupt.raise_if_requested", lambda: stop(next(requests)))
+
+    def stop(asked):
+        if asked:
+            raise Interrupted("stopped by SIGTERM")
+
+    with lock, pytest.raises(Interrupted):
+        stages.tensors("x", dict)
+    assert stages._seconds[WAITING] > 0

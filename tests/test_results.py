@@ -13,6 +13,7 @@ from backdoor_bench.removal.hiding import without_dummy
 from backdoor_bench.results import (
     NOT_HASHED,
     RunFolder,
+    cell_hash,
     config_hash,
     differing_keys,
     flagged_rows,
@@ -66,6 +67,23 @@ def test_hash_leaves_out_keys_of_a_section(section, key):
     assert config_hash({**CONFIG, key: 1}) != config_hash(CONFIG)
     assert differing_keys({**CONFIG, section: {key: 1, "other": 2}}, one) == [f"{section}.other"]
     assert f"{section}.{key}" in NOT_HASHED
+
+
+def test_cell_hash_is_that_of_all_seeds_and_places():
+    config = {
+        **CONFIG, "dataset": {"root": "a", "limit": 5}, "attack": {"rate": 0.1, "seed": 0, "parts": [{"seed": 0, "x": 1}]}
+    }  # fmt: skip
+    other = {
+        **config, "seed": 1, "hardware": {"threads": 1}, "evaluation": {"floor": "train"}, "output_root": "b",
+        "dataset": {"root": "b", "limit": 5}, "attack": {"rate": 0.1, "seed": 1, "parts": [{"seed": 1, "x": 1}]},
+    }  # fmt: skip
+    assert cell_hash(config) == cell_hash(other)
+    for change in (
+        {"dataset": {"root": "a", "limit": 6}},
+        {"attack": {**config["attack"], "rate": 0.2}},
+        {"model": {}},
+    ):
+        assert cell_hash({**config, **change}) != cell_hash(config)
 
 
 def test_nothing_else_is_left_out():

@@ -73,6 +73,13 @@ def test_the_victim_is_trained_once_for_two_defences(bench):
     assert two["seconds"]["train"] == one["seconds"]["train"]
     for name in ("acc", "asr"):
         assert two["undefended"][name] == one["metrics"][name]
+    assert one["defense_seconds"] == {"train": one["seconds"]["train"]}
+    assert {"train", "embedding"} <= set(two["defense_seconds"])
+    # A defence that needs no victim is not charged for one that the evaluation found in the cache.
+    words = ("extractor_epochs=1", "classifier_epochs=1", "extractor_batch_size=64", "classifier_batch_size=64")
+    other = bench("attack=badnets", "defense=baseline1", *(f"defense.{word}" for word in words)).result
+    assert "train" in other["seconds"]
+    assert set(other["defense_seconds"]) == {"extractor", "classifier"}
 
 
 def test_the_poisoned_set_does_not_depend_on_seed_of_training_when_fixed(bench, tmp_path):

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -175,11 +176,15 @@ def test_online_unreachable_goes_offline_with_one_warning(
     assert f"{name}: no route" in warned[0]
 
 
+@pytest.mark.parametrize("answers", ["refuses", "is silent"])
 def test_an_unreachable_host_is_given_up_after_the_init_timeout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also at the end of the process, where wandb's telemetry would wait for a host that does not answer."""
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, never answers
+    port = silent.getsockname()[1] if answers == "is silent" else 9
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     code = (
         "import sys, time; from pathlib import Path; from backdoor_bench.tracking import TrackingConfig, start\n"
         "begin = time.time()\n"
@@ -187,7 +192,10 @@ def test_an_unreachable_host_is_given_up_after_the_init_timeout(
         "start(c, Path(sys.argv[1]), {}, 'n', [], print).finish({})\n"
         "assert time.time() - begin < 12, time.time() - begin"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    with silent:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=50
+        )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     assert "tracked offline" in done.stdout

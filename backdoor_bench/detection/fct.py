@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backdoor_bench.cache import PICTURES
 from backdoor_bench.detection.distinguish import KEY, STAGE, EarlyTraining, check_shares, split_by_rank
 from backdoor_bench.detection.embedding import EmbeddingSettings, embed
 from backdoor_bench.detection.features import extract_features
@@ -26,7 +27,6 @@ from backdoor_bench.training.interrupt import raise_if_requested
 from backdoor_bench.training.seeds import derive, generator
 from backdoor_bench.types import DefenderView, Facts, Figure, ImageRows, Isolation, SampleMap, ScoreHistogram, SplitGrid
 
-FIGURES = "figures"  # what only pictures need is no part of the defence's time
 SHOWN = 8  # images in the gallery
 CHUNK = 1024  # images transformed at a time for the map
 # Of the picture only, so no setting. The same library on every device, and no perplexity that few samples cannot have.
@@ -100,7 +100,7 @@ class FCTIsolation:
                 moved = extract_features(models[finetuned], transformed, hardware, exact=True)
                 return {"delta": (features - moved).square().sum(1), "zero": (features == 0).all(1)}
 
-            stage = STAGE if finetuned and names == chosen else FIGURES
+            stage = STAGE if finetuned and names == chosen else PICTURES
             settings = {**self._trained(), "finetuned": finetuned, "transforms": names}
             return view.stages.tensors(stage, build, settings)
 
@@ -146,7 +146,7 @@ class FCTIsolation:
             return {"points": made.points}, {"transient": made.backend != settings.backend}
 
         stage = {**self._trained(), "transforms": names, "map": [count, asdict(settings)]}
-        points = view.stages.keep(FIGURES, build, stage).tensors["points"]
+        points = view.stages.keep(PICTURES, build, stage).tensors["points"]
         panels = {"training samples": points[:count], f"after {', '.join(names)}": points[count:]}
         return SampleMap("fct_map", "Features of the fine-tuned model, one t-SNE map", rows, panels)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from backdoor_bench.cache import PICTURES, WAITING
 from backdoor_bench.evaluate import Evaluator, Recorder, Truth, detection_metrics
 from backdoor_bench.plan import Plan
 from backdoor_bench.progress import RichProgress
-from backdoor_bench.results import RunFolder, environment, flagged_rows, save_model, write_table
+from backdoor_bench.results import RunFolder, cell_hash, environment, flagged_rows, save_model, write_table
 from backdoor_bench.types import Dataset, DefenseResult, Figure, PoisonedSet
 
 FLAGGED_SHOWN = 64
@@ -29,6 +32,7 @@ class Report:
         self.plan = plan
         self.folder = folder
         self.seconds: dict[str, float] = {}
+        self._defense_seconds: dict[str, float] = {}
         self.progress = RichProgress(folder.path / "log.txt")
         self._diagnostics: list[dict[str, Any]] = []
         self._embedding: str | None = None
@@ -82,6 +86,16 @@ class Report:
                 f"attack {self.plan.names['attack']}: clean, poisoned, difference",
             )
             self._tracker.image("poisoned pairs", path)
+
+    @contextlib.contextmanager
+    def defending(self) -> Iterator[None]:
+        """Tells the defence's stages from those of the attack and of the evaluation, which may load a victim."""
+        before = dict(self.seconds)
+        yield
+        booked = {name: seconds - before.get(name, 0.0) for name, seconds in self.seconds.items()}
+        self._defense_seconds = {
+            name: seconds for name, seconds in booked.items() if seconds > 0 and name not in (WAITING, PICTURES)
+        }
 
     def recorder(self, evaluator: Evaluator) -> Recorder:
         """The probe of this run."""
@@ -192,7 +206,7 @@ class Report:
             },
         )
         # Before the record is made: until then W&B may still warn.
-        times = {"total": total_seconds, **self.seconds}
+        times = {"total": total_seconds - self.seconds.get(WAITING, 0.0), **self.seconds}
         self._tracker.finish({**metrics, **{f"seconds/{name}": value for name, value in times.items()}})
         n_poisoned = int(truth.is_poisoned.sum()) if truth.is_poisoned is not None else None
         record = {
@@ -214,6 +228,10 @@ class Report:
                 "n_flagged": int(result.flagged.sum()) if result.flagged is not None else None,
             },
             "seconds": times,
+            "defense_seconds": self._defense_seconds,
+            "cell_hash": cell_hash(plan.config),
+            "data": plan.config["files"].get("dataset"),
+            "finished": datetime.now(UTC).isoformat(timespec="microseconds"),
             "environment": environment(plan.hardware.describe(), self._embedding),
             "diagnostics": {**_plain(result.extra), "maps": self._diagnostics} if result.extra else None,
             "warnings": list(self.progress.warnings),
