@@ -37,7 +37,7 @@ def experiment(plan: Plan, folder: RunFolder) -> Path:
     plan.hardware.apply()
     with Report(plan, folder) as report:
         dataset, holdout = assemble.load(plan, report.progress)
-        run = assemble.prepare_run(plan, dataset, report.progress, report.seconds)
+        run = assemble.prepare_run(plan, dataset, report.progress, report.seconds, holdout)
         poisoned = plan.attack.poison(assemble.attacker_view(run, dataset))
         poisoned = assemble.with_holdout(plan, poisoned, holdout)
         # One copy of the data from here on; an imported set's rows are not those that the file names belong to.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from backdoor_bench.cache import Stages
-from backdoor_bench.data.checks import split_holdout
+from backdoor_bench.data.checks import holdout_count, split_holdout
 from backdoor_bench.data.images import select, to_device
 from backdoor_bench.errors import ConfigError
 from backdoor_bench.evaluate import Evaluator, Recorder, Truth
@@ -64,9 +64,12 @@ def load(plan: Plan, progress: Progress) -> tuple[Dataset, ImageSet | None]:
     With ``holdout.source=seen`` the holdout rows are taken out for the attack and come back, clean, at the end.
     """
     dataset: Dataset = plan.dataset.load(progress)
-    size = int(plan.config["holdout"]["size"])
-    if size == 0:
+    asked = plan.config["holdout"]["size"]
+    if asked == 0:
         return dataset, None
+    size = holdout_count(asked, len(dataset.train))
+    if size == 0:
+        raise ConfigError(f"holdout.size={asked} of {len(dataset.train)} training images is none: raise it")
     if size >= len(dataset.train):
         raise ConfigError(
             f"holdout.size={size} is not allowed: the training set has {len(dataset.train)} images, so it must lie in "
@@ -108,7 +111,9 @@ def _take(values: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | Non
     return None if values is None else values[rows]
 
 
-def prepare_run(plan: Plan, dataset: Dataset, progress: Progress, seconds: dict[str, float]) -> Run:
+def prepare_run(
+    plan: Plan, dataset: Dataset, progress: Progress, seconds: dict[str, float], holdout: ImageSet | None = None
+) -> Run:
     """A Run whose models fit the data; refuses what only the data could tell (their class count and size)."""
     facts = Facts(
         num_classes=dataset.train.num_classes,
@@ -116,7 +121,7 @@ def prepare_run(plan: Plan, dataset: Dataset, progress: Progress, seconds: dict[
         train_size=len(dataset.train),
         epochs=plan.train.epochs,
         steps_per_epoch=plan.train.steps_per_epoch(len(dataset.train)),
-        holdout_size=int(plan.config["holdout"]["size"]),
+        holdout_size=len(holdout) if holdout is not None else 0,
         holdout_source=str(plan.config["holdout"]["source"]),
     )
     for part in (plan.model, plan.attack, plan.defense):

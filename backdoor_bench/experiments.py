@@ -110,12 +110,11 @@ def load(conf: Path, name: str) -> Experiment:
     if name not in names(conf):
         raise _unknown("experiment", name, names(conf))
     text = file.read_text(encoding="utf-8")
-    value = yaml.safe_load(text) or {}
-    sweep = value.get("sweep") or {}
-    unknown = sorted({*sweep} - {*FIELDS})
-    if unknown:
-        raise ConfigError(f"{file.name}: sweep.{unknown[0]} is no key of an experiment; there are {', '.join(FIELDS)}")
-    papers = [entry["override /paper"] for entry in value.get("defaults", []) if "override /paper" in entry]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"conf/experiment/{file.name} is no YAML: {' '.join(str(error).split())}") from None
+    paper, sweep = _checked_file(f"conf/experiment/{file.name}", value)
     title = next(
         (line[1:].strip() for line in text.splitlines() if line.startswith("# ") and "@package" not in line), name
     )
@@ -124,8 +123,37 @@ def load(conf: Path, name: str) -> Experiment:
     rate = sweep.get("rate")
     if isinstance(rate, dict):
         rate = {_rate(key): str(words or "") for key, words in rate.items()}
-    paper = next(iter(papers), None)
     return Experiment(name, title, paper, notes=sweep.get("notes"), rate=rate, variants=variants, **listed)
+
+
+def _checked_file(file: str, value: Any) -> tuple[str | None, Mapping[str, Any]]:
+    """The paper and the section ``sweep`` of an experiment's file. Its jobs are command lines, which know nothing else."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} must hold the keys defaults and sweep (backdoor_bench/experiments.py)")
+    other = sorted({str(key) for key in value} - {"defaults", "sweep"})
+    if other:
+        raise ConfigError(
+            f"{file}: {other[0]} is no key of an experiment; settings of its jobs stand in sweep.set ([{other[0]}.KEY=...])"
+        )
+    paper = None
+    for entry in value.get("defaults") or []:
+        if not isinstance(entry, dict) or [*entry] != ["override /paper"]:
+            raise ConfigError(
+                f"{file}: defaults may hold 'override /paper: NAME' alone; choose other groups in sweep.set"
+            )
+        paper = entry["override /paper"]
+    sweep = value.get("sweep") or {}
+    if not isinstance(sweep, dict):
+        raise ConfigError(f"{file}: sweep must hold some of the keys {', '.join(FIELDS)}")
+    kinds: dict[str, tuple[Any, str]] = dict.fromkeys(("tables", "average_of", "cells", "set"), (list, "a list"))
+    kinds |= {"variants": (dict, "a mapping"), "rate": ((str, dict), "a key or a mapping"), "notes": (str, "a text")}
+    for key, found in sweep.items():
+        if key not in FIELDS:
+            raise ConfigError(f"{file}: sweep.{key} is no key of an experiment; there are {', '.join(FIELDS)}")
+        kind, name = kinds[key]
+        if found is not None and not isinstance(found, kind):
+            raise ConfigError(f"{file}: sweep.{key}={found!r} is not allowed: it must be {name}")
+    return paper, sweep
 
 
 def _unknown(group: str, name: str, valid: Sequence[str]) -> ConfigError:
@@ -174,9 +202,10 @@ def jobs(
     """The jobs of an experiment, each once, in the order of its tables and cells.
 
     chosen: values of groups given on the command line. They narrow the jobs; a value that no job has takes the place of
-    the jobs' own (``dataset=photo_digits`` runs a table on other data). fixed: groups that a budget chooses for all jobs
-    (its model), unless ``chosen`` has them. Raises ConfigError for a value that neither a job nor a file has, and if
-    nothing is left.
+    the jobs' own (``dataset=photo_digits`` runs a table on other data). Beside values that jobs have it takes the place of
+    those without a file alone (``dataset=cifar10,imagenet200``: CIFAR-10, and imagenet200 for imagenet_subset). fixed:
+    groups that a budget chooses for all jobs (its model), unless ``chosen`` has them. Raises ConfigError for a value that
+    neither a job nor a file has, and if nothing is left.
     """
     every = found = [*_printed_jobs(experiment), *_grid_jobs(experiment)]
     for group, values in (chosen or {}).items():
@@ -185,7 +214,9 @@ def jobs(
         for name in others:
             _check_exists(conf, group, name)
         kept = [job for job in found if job.groups.get(group) in values]
-        found = [*kept, *(_moved(job, group, name) for name in others for job in found)]
+        # Beside values that some jobs have a new one takes the place of what has no file, if there is any such.
+        absent = [job for job in found if job not in kept and not _exists(conf, group, job.groups.get(group))]
+        found = [*kept, *(_moved(job, group, name) for name in others for job in (kept and absent) or found)]
     for group, name in (fixed or {}).items():
         if group not in (chosen or {}):
             found = [_moved(job, group, name) for job in found]
@@ -198,8 +229,12 @@ def jobs(
     return [_checked(conf, job) for job in unique.values()]
 
 
+def _exists(conf: Path, group: str, name: str | None) -> bool:
+    return (conf / group / f"{name}.yaml").is_file()
+
+
 def _check_exists(conf: Path, group: str, name: str) -> None:
-    if not (conf / group / f"{name}.yaml").is_file():
+    if not _exists(conf, group, name):
         raise _unknown(group, name, sorted(file.stem for file in (conf / group).glob("*.yaml")))
 
 

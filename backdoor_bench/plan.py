@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from backdoor_bench.data.checks import holdout_count
 from backdoor_bench.errors import ConfigError, check_choice, check_flag, check_range
 from backdoor_bench.results import (
     GROUPS_IN_PATH,
@@ -89,7 +90,11 @@ def prepare(config: DictConfig, overrides: list[str], sweep: str | None, choices
     for key in ("restart", "redo"):
         check_flag(f"resume.{key}", config.resume[key])
     check_choice("holdout.source", config.holdout.source, ("reserved", "seen"))
-    check_range("holdout.size", config.holdout.size, 0, float("inf"), integer=True)
+    size = config.holdout.size
+    if not (type(size) is int and size >= 0) and not (type(size) is float and 0 < size < 1):
+        raise ConfigError(
+            f"holdout.size={size!r} is not allowed: it must be a number of images, or a share of them between 0 and 1"
+        )
     for key in ("output_root", "cache_root"):
         if "\0" in str(config[key]):
             raise ConfigError(f"{key} holds a NUL character: give a folder's name")
@@ -186,7 +191,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _facts(config: DictConfig, dataset: Any, train: TrainConfig, model: Any) -> Facts:
     size = dataset.train_size if dataset.limit is None else min(dataset.limit, dataset.train_size or dataset.limit)
-    holdout = int(config.holdout.size)
+    holdout = holdout_count(config.holdout.size, size)
     if size is not None and holdout >= size:
         raise ConfigError(
             f"holdout.size={holdout} is not allowed: the training set has {size} images, so it must lie in "

@@ -60,7 +60,7 @@ def export(plan: Plan, out: Path, form: str) -> Path:
     plan.hardware.apply()
     out, progress = out.resolve(), RichProgress()
     dataset, holdout = assemble.load(plan, progress)
-    run = assemble.prepare_run(plan, dataset, progress, {})
+    run = assemble.prepare_run(plan, dataset, progress, {}, holdout)
     poisoned = plan.attack.poison(assemble.attacker_view(run, dataset))
     tests = triggered(run, dataset, poisoned)
     if poisoned.train.augment is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backdoor_bench import assemble, launch
+from backdoor_bench.data.checks import holdout_count
 from backdoor_bench.errors import ConfigError
 from backdoor_bench.types import Dataset, DefenseResult, ImageSet, PoisonedSet
 from tests.conftest import CONF, TOY
@@ -107,6 +108,22 @@ def test_the_holdout_of_a_folder_has_no_row_known_to_be_poisoned(dataset, progre
 def test_a_holdout_as_large_as_the_data_is_refused(dataset, progress, size):
     with pytest.raises(ConfigError, match=rf"holdout\.size={size} is not allowed: .* 0\.\.127"):
         assemble.load(stub(dataset, size), progress)
+
+
+def test_a_holdout_may_be_a_share(dataset, progress):
+    assert len(assemble.load(stub(dataset, 0.25), progress)[1]) == len(dataset.train) // 4
+    with pytest.raises(ConfigError, match=r"holdout\.size=0\.001 of 128 training images is none"):
+        assemble.load(stub(dataset, 0.001), progress)
+    # Of the papers: rounded down, and without the error of a binary fraction.
+    assert [holdout_count(0.05, n) for n in (50_000, 39_209)] == [2_500, 1_960]
+    assert (holdout_count(0.1, 15_600), holdout_count(0.29, 100), holdout_count(40, 100)) == (1_560, 29, 40)
+    assert (holdout_count(0, None), holdout_count(0.05, None), holdout_count(7, None)) == (0, 1, 7)
+
+
+@pytest.mark.parametrize("size", ["1.5", "-0.1", "nan", "many"])
+def test_a_holdout_is_a_number_or_a_share(capsys, size):
+    assert launch.main(lambda plan: Path("done"), CONF, [*TOY, "defense=no_defense", f"holdout.size={size}"]) == 2
+    assert "it must be a number of images, or a share of them between 0 and 1" in capsys.readouterr().err
 
 
 def test_the_holdout_is_the_same_for_a_whole_table(plan_of, progress):

@@ -1,6 +1,7 @@
 """Experiments: their jobs are the printed cells, their overlays compose, their rates are the papers'."""
 
 import csv
+import math
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from backdoor_bench import experiments
 from backdoor_bench.attacks.common import poison_count, poison_pool
+from backdoor_bench.data.checks import holdout_count
 from backdoor_bench.errors import ConfigError, DataError
 from backdoor_bench.plan import prepare
 from tests.conftest import CONF
@@ -131,7 +133,8 @@ def test_a_table_has_one_job_a_printed_cell(table):
     for job in jobs:
         (_, dataset, model, attack, defense, _), *others = job.printed
         assert not others
-        expected = {"dataset": dataset, "model": model, "attack": attack, "defense": defense.partition(":")[0]}
+        method = "isolate_only" if (table, defense) == ("trap_table3", "abl") else defense.partition(":")[0]
+        expected = {"dataset": dataset, "model": model, "attack": attack, "defense": method}
         assert {key: job.groups[key] for key in expected} == expected
 
 
@@ -187,7 +190,7 @@ def test_the_same_run_serves_several_tables():
     keys = {name: {job.key for job in jobs_of(name)} for name in NAMES}
     assert keys["trap_fig8"] < keys["trap_table1"]
     assert keys["trap_fig4"] == keys["trap_fig5"]
-    assert len(keys["trap_table3"] & keys["trap_table1"]) == 11 * 3  # trap, abl and nonlinearity
+    assert len(keys["trap_table3"] & keys["trap_table1"]) == 11 * 2  # trap and nonlinearity
     assert len(keys["trap_table4"] & keys["trap_fig7"]) == 5 * 2  # trap at 5 and 20 %
     assert len(keys["tr_table6"] & keys["tr_table1"]) == 4 * 2  # 10 % is the default
     for part in ("tr_table4", "tr_table5", "tr_table8", "tr_table9"):
@@ -200,7 +203,7 @@ def test_a_cell_without_its_method_is_listed_not_dropped():
     jobs = jobs_of("trap_table3")
     missing = {word for job in jobs for word in job.missing}
     exist = {f"defense={file.stem}" for file in (CONF / "defense").glob("*.yaml")}
-    assert missing == {f"defense={name}" for name in ("abl", "ac", "nonlinearity")} - exist
+    assert missing == {f"defense={name}" for name in ("ac", "nonlinearity")} - exist
     assert {"dataset=imagenet_subset"} <= {word for job in jobs_of("trap_table1") for word in job.missing}
     assert not {word for job in jobs for word in job.missing} & {"defense=trap", "defense=fct", "defense=spectral"}
 
@@ -258,7 +261,8 @@ def test_a_job_composes_and_poisons_what_the_paper_prints(name, job):
     elif rates and rates not in ({"0"}, {""}):
         (rate,) = rates
         whole = full_size(dataset)
-        labels = torch.arange(whole - plan.config["holdout"]["size"]) % plan.dataset.num_classes
+        held = holdout_count(plan.config["holdout"]["size"], whole)
+        labels = torch.arange(whole - held) % plan.dataset.num_classes
         pool = int(poison_pool(attack, labels).sum())
         count = poison_count(attack, pool, len(labels), warn=lambda message: None)
         assert count == conventional_count(paper, rate, attack, labels, whole)
@@ -289,8 +293,8 @@ def test_command_line_over_budget_over_experiment_over_paper():
     words = ["paper=tr", "dataset=cifar10", "attack=iab", "defense=tr"]
     paper = compose_config(words)
     small = compose_config([*words, "budget=small"])
-    assert (paper.train.epochs, paper.holdout.size, paper.attack.gen_limit) == (200, 2500, 10_000)
-    assert (small.train.epochs, small.holdout.size, small.attack.gen_limit) == (20, 500, 2000)
+    assert (paper.train.epochs, paper.holdout.size, paper.attack.gen_limit) == (200, 0.05, 10_000)
+    assert (small.train.epochs, small.holdout.size, small.attack.gen_limit) == (20, 0.05, 2000)
     choices = small.hydra.runtime.choices
     assert (paper.hydra.runtime.choices.model, choices.model, choices.budget) == ("wrn16_1", "small_cnn", "small")
     own = compose_config([*words, "budget=small", "model=resnet18", "train.epochs=3", "holdout.size=700"])
@@ -328,6 +332,51 @@ def test_budgets(budget):
         assert scaled.train == plain.train
     assert experiments.budget_groups(CONF, budget) == ({"model": "small_cnn"} if budget == "small" else {})
     assert experiments.budget_groups(CONF, None) == {}
+
+
+def test_small_keeps_what_a_paper_compares():
+    """Schedules still step, metrics read one early model, shares stay shares, a table keeps one training set."""
+    ebd = ["paper=ebd", "dataset=cifar10", "budget=small"]
+    for dataset in ("cifar10", "imagenet200"):
+        recipe = compose_config([*ebd, f"dataset={dataset}"]).train
+        assert (recipe.epochs, recipe.schedule, recipe.milestones) == (20, "multistep", [10, 15])
+    early = [
+        compose_config([*ebd, "defense=dbr", f"defense/isolation={name}"]) for name in ("fct", "sce", "rank_spectral")
+    ]
+    assert len({str(config.defense.isolation.training) for config in early}) == 1
+    for dataset, held in (("cifar10", 500), ("photo_digits", 250), ("toy", 25)):
+        words = ["paper=tr", f"dataset={dataset}", "attack=badnets_grid", "budget=small"]
+        for defense in ("no_defense", "tr"):
+            plan = plan_of([*words, f"defense={defense}"])
+            size = min(plan.dataset.limit or math.inf, plan.dataset.train_size)
+            assert holdout_count(plan.config["holdout"]["size"], size) == held
+            poisoned = poison_count(plan.attack, size - held, size - held, warn=lambda message: None)
+            assert poisoned in (size // 10, size // 10 - 1)  # the published rate is rounded for 47,500 images
+    sizes = [compose_config([*job.overrides, "budget=small"]).holdout.size for job in jobs_of("tr_table9")]
+    assert sorted(sizes) == [0.005, 0.01, 0.025, 0.05]
+    assert compose_config(["defense=tr", "budget=small"]).holdout.size == 0  # without a paper nobody grants one
+    imagenet = compose_config(["paper=tr", "dataset=imagenet12", "budget=small"])
+    assert (imagenet.holdout.size, imagenet.train.optimizer, imagenet.train.lr) == (0.1, "adam", 1e-3)
+
+
+def test_medium_scales_stages_with_epochs_of_their_own():
+    words = ["dataset=cifar10", "budget=medium"]
+    assert compose_config(["paper=tr", *words, "defense=tr"]).defense.removal.recipes.paper.epochs == 100
+    for name in ("dst", "baseline1", "baseline2"):
+        assert compose_config(["paper=ebd", *words, f"defense={name}"]).defense.extractor_epochs == 60
+
+
+def test_what_traps_tables_say_of_their_methods():
+    natural = compose_config(["paper=trap", "dataset=cifar10", "attack=natural"]).attack
+    assert natural.batch_size == 40  # a ResNet's
+    iab = compose_config(["paper=trap", "dataset=cifar10", "attack=iab"]).attack
+    assert (iab.mask_epochs, iab.gen_width, iab.gen_limit) == (25, 32, None)
+    small = compose_config(["paper=trap", "dataset=cifar10", "attack=iab", "budget=small"]).attack
+    assert (small.mask_epochs, small.gen_width, small.gen_limit) == (8, 16, 2000)
+    # On other data nothing of 50,000 images is left over: the paper's 50 neighbours find nothing among 5,000.
+    moved = compose_config(["paper=trap", "dataset=photo_digits", "defense=trap"]).defense.isolation
+    assert (moved.detect_epochs, moved.min_samples, moved.scale_min_samples) == (10, 50, "auto")
+    assert (moved.embedding.iterations, moved.scale_iterations) == (1000, "auto")
 
 
 def test_an_experiment_itself_composes():
@@ -393,6 +442,17 @@ def test_a_value_that_no_job_has_takes_the_place_of_theirs(make):
     assert [job.overrides[1] for job in both] == ["dataset=a"] * 2 + ["dataset=b"] * 2
 
 
+def test_beside_values_that_jobs_have_a_new_one_replaces_what_has_no_file(make):
+    conf, experiment = make("sweep: {cells: ['dataset=a,gone model=m attack=badnets,sig defense=trap']}")
+    jobs = experiments.jobs(conf, experiment, {"dataset": ["a", "b"]})
+    assert [job.groups["dataset"] for job in jobs] == ["a", "a", "b", "b"]
+    assert {job.groups["dataset"] for job in experiments.jobs(conf, experiment, {"dataset": ["b"]})} == {"b"}
+    table = jobs_of("trap_table1", {"dataset": ["cifar10", "cifar100", "imagenet200"]})
+    moved = [job for job in table if job.groups["dataset"] == "imagenet200"]
+    assert len(table) == 275
+    assert {cell[1] for job in moved for cell in job.printed} == {"imagenet_subset"}
+
+
 def test_jobs_that_a_move_makes_equal_become_one(make):
     conf, experiment = make(GRID)
     moved = experiments.jobs(conf, experiment, {"dataset": ["a"]}, fixed={"model": "n"})
@@ -433,6 +493,33 @@ def test_unknown_names_are_errors_with_a_hint(make):
 def test_a_name_is_no_path(name):
     with pytest.raises(ConfigError, match="is unknown"):
         experiments.load(CONF, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("sweep: [", "own.yaml is no YAML"),
+        ("train: {epochs: 7}\nsweep: {}", r"train is no key of an experiment; .* sweep\.set \(\[train\.KEY=\.\.\.\]\)"),
+        ("sweep: [a]", "sweep must hold some of the keys"),
+        ("sweep: {variants: [a]}", r"sweep\.variants=\['a'\] is not allowed: it must be a mapping"),
+        ("sweep: {tables: trap_table1}", r"sweep\.tables='trap_table1' is not allowed: it must be a list"),
+    ],
+)
+def test_a_malformed_file_names_the_key(make, text, told):
+    with pytest.raises(ConfigError, match=told):
+        make(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("[a]", "must hold the keys defaults and sweep"), ("defaults: ['override /paper']", "defaults may hold"),
+     ("defaults: [override /model: m]", "defaults may hold")],
+)  # fmt: skip
+def test_a_file_may_choose_a_paper_alone(tmp_path, text, told):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        experiments.load(tmp_path, "own")
 
 
 def test_errors_in_an_experiments_file(make):

@@ -87,6 +87,14 @@ def _largest_remainder(sizes: list[int], count: int) -> list[int]:
     return share
 
 
+def holdout_count(size: float, total: int | None) -> int:
+    """Images of a holdout that ``holdout.size`` asks for: a number, or a share of all ``total`` training images below 1,
+    rounded down. total None: not known yet; a share then counts as one image."""
+    if size >= 1 or size == 0:
+        return int(size)
+    return 1 if total is None else int(size * total + 1e-9)
+
+
 def split_holdout(image_set: ImageSet, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(training rows, holdout rows), sorted int64 and disjoint, the holdout stratified as in stratified_subset.
 
