@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,14 @@ Warn = Callable[[str], None]
 
 def to_stderr(message: str) -> None:
     """One line on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
+    from backdoor_bench.progress import printable
+
+    print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def utf8(text: str) -> str:
+    """``text`` with what UTF-8 has no bytes for (a path's stray bytes, lone surrogates of JSON) as backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,12 @@ class Run:
     @classmethod
     def of(cls, folder: Path, result: Mapping[str, Any]) -> Run:
         """Raises KeyError, TypeError or ValueError for what is no result of a run."""
-        dataset, model, attack, defense = (str(result[name]) for name in ("dataset", "model", "attack", "defense"))
-        paper, budget = (None if result.get(name) is None else str(result[name]) for name in ("paper", "budget"))
+        dataset, model, attack, defense = (
+            utf8(str(result[name])) for name in ("dataset", "model", "attack", "defense")
+        )
+        paper, budget = (None if result.get(name) is None else utf8(str(result[name])) for name in ("paper", "budget"))
         told = result.get("settings")
-        settings = tuple(sorted(map(str, told))) if isinstance(told, list) else None
+        settings = tuple(sorted(utf8(str(word)) for word in told)) if isinstance(told, list) else None
         if not isinstance(result["metrics"], Mapping):
             raise TypeError("metrics")
         return cls(folder, dataset, model, attack, defense, paper, budget, settings, int(result["seed"]), result)
@@ -68,7 +78,46 @@ class Run:
     def cell(self) -> tuple[Any, ...]:
         """Equal for runs that differ in nothing but the seed, the machine and the place of their files."""
         groups = (self.dataset, self.model, self.attack, self.defense, self.paper, self.budget)
-        return (*groups, self.settings if self.settings is not None else f"? {self.result.get('variant')}")
+        return (*groups, self.settings if self.settings is not None else f"? {self.result.get('variant')}", self.data)
+
+    @property
+    def data(self) -> str | None:
+        """The fingerprint of the user's own images; None for data that their name tells."""
+        return self._word("data")
+
+    @property
+    def configuration(self) -> str | None:
+        """Equal for runs of a cell whose resolved configurations say the same; None in a result from before it was kept."""
+        return self._word("cell_hash")
+
+    def _word(self, name: str) -> str | None:
+        found = self.result.get(name)
+        return utf8(found) if isinstance(found, str) and found else None
+
+    @property
+    def finished(self) -> tuple[bool, float, str]:
+        """A key that puts the run that finished last last. A result without the time is from before it was kept and comes
+        before those that have it, by the time of its file, which a copy may have changed."""
+        try:
+            return (True, datetime.fromisoformat(str(self.result.get("finished"))).timestamp(), str(self.folder))
+        except (ValueError, OverflowError):
+            pass
+        try:
+            return (False, (self.folder / "result.json").stat().st_mtime, str(self.folder))
+        except OSError:
+            return (False, 0.0, str(self.folder))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the run warned of."""
+        found = self.result.get("warnings")
+        return [str(line) for line in found] if isinstance(found, list) else []
+
+    @property
+    def acc_per_class(self) -> list[float | None]:
+        """Accuracy of each class as a share; None for a class without images, empty where it was not measured."""
+        found = self.part("metrics").get("acc_per_class")
+        return [number(value) for value in found] if isinstance(found, list) else []
 
     def part(self, name: str) -> Mapping[str, Any]:
         """A result's section (``environment``, ``poison``, ...), empty where it is missing or null."""
@@ -81,9 +130,10 @@ class Run:
 
     @functools.cached_property
     def config_text(self) -> str | None:
-        """config.yaml as it is; None without one."""
+        """config.yaml as it is; None without one, and for a link that leaves the run's folder."""
         try:
-            return (self.folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+            file = inside(self.folder / "config.yaml", self.folder)
+            return None if file is None else file.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
 
@@ -94,10 +144,13 @@ class Run:
         return {part.split(":", 1)[0]: part for part in parts if ":" in part}
 
     def stages(self) -> dict[str, float]:
+        """Seconds of each stage of the defence, as long as it took when it was made. All stages, the attacker's too, of a
+        run without a defence and of a result from before they were told apart."""
+        return _seconds(self.part("defense_seconds")) or self.all_stages()
+
+    def all_stages(self) -> dict[str, float]:
         """Seconds of each stage, as long as it took when it was made (``total``, this run's own, is left out)."""
-        return {
-            name: float(value) for name, value in self.part("seconds").items() if name != "total" and _number(value)
-        }
+        return _seconds({name: value for name, value in self.part("seconds").items() if name != "total"})
 
     def value(self, metric: str) -> float | None:
         """A metric of the printed tables in the unit they print: percent, minutes, or a plain number.
@@ -108,16 +161,16 @@ class Run:
             stages = self.stages()
             return sum(stages.values()) / 60 if stages else None
         if metric == "mse":
-            return _number(self.part("diagnostics").get("reconstruction_mse"))
+            return number(self.part("diagnostics").get("reconstruction_mse"))
         if metric.startswith("undefended_"):
-            found = _number(self.part("undefended").get(metric.removeprefix("undefended_")))
+            found = number(self.part("undefended").get(metric.removeprefix("undefended_")))
         else:
-            found = _number(self.part("metrics").get(metric))
+            found = number(self.part("metrics").get(metric))
         return None if found is None else 100 * found
 
     def measured(self) -> list[str]:
         """The metrics of ``value`` that are not None."""
-        shares = [name for name, value in self.part("metrics").items() if _number(value) is not None]
+        shares = [name for name, value in self.part("metrics").items() if number(value) is not None]
         others = [
             name for name in ("undefended_acc", "undefended_asr", "mse", "time_min") if self.value(name) is not None
         ]
@@ -127,7 +180,7 @@ class Run:
     def poison_rate(self) -> float | None:
         """``attack.poison_rate``; 0 without an attack, None where it is not one number (several triggers)."""
         attack = self.config("attack")
-        found = _number(attack.get("poison_rate")) if isinstance(attack, Mapping) else None
+        found = number(attack.get("poison_rate")) if isinstance(attack, Mapping) else None
         return 0.0 if self.attack == "none" else found
 
     @property
@@ -158,8 +211,8 @@ def read(roots: Sequence[Path], warn: Warn = to_stderr) -> list[Run]:
     runs, old, before = [], 0, 0
     for file in _result_files(roots):
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            result = _json(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             warn(f"{file} is torn and left out; the run's command makes it again")
             continue
         schema = result.get("schema", 0) if isinstance(result, dict) else 0
@@ -182,17 +235,37 @@ def read(roots: Sequence[Path], warn: Warn = to_stderr) -> list[Run]:
 
 
 def newest(runs: Sequence[Run], warn: Warn = to_stderr) -> dict[tuple[Any, ...], dict[int, Run]]:
-    """cell -> seed -> run, in the order of ``runs``. Of several runs of a cell and seed the one that finished last counts,
-    because a seed twice is no second sample; ``warn`` is told where their ACC or ASR differ."""
+    """cell -> seed -> run, in the order of ``runs``.
+
+    Of several runs of a cell and seed the one that finished last counts, because a seed twice is no second sample; ``warn``
+    is told where their ACC or ASR differ. Seeds whose configuration is another than that of the cell's newest run (a
+    changed file in ``conf``) are no sample of the same thing: they are left out, and ``warn`` is told.
+    """
     found: dict[tuple[Any, ...], dict[int, Run]] = {}
-    for run in sorted(runs, key=lambda run: _finished_at(run.folder)):
+    last: dict[tuple[Any, ...], Run] = {}
+    for run in sorted(runs, key=lambda run: run.finished):
         seeds = found.setdefault(run.cell, {})
         before = seeds.get(run.seed)
         if before is not None and any(before.value(name) != run.value(name) for name in ("acc", "asr")):
             warn(f"{run.folder} and {before.folder} are the same run with other results; the newer one counts")
-        seeds[run.seed] = run
+        seeds[run.seed] = last[run.cell] = run
     order = list(dict.fromkeys(run.cell for run in runs))
-    return {cell: dict(sorted(found[cell].items())) for cell in order}
+    return {cell: _of_one_configuration(dict(sorted(found[cell].items())), last[cell], warn) for cell in order}
+
+
+def _of_one_configuration(seeds: dict[int, Run], last: Run, warn: Warn) -> dict[int, Run]:
+    """The seeds that were made as ``last`` was, and those of which that is not known."""
+    others = {
+        seed: str(run.folder)
+        for seed, run in seeds.items()
+        if None not in (run.configuration, last.configuration) and run.configuration != last.configuration
+    }
+    if others:
+        warn(
+            f"{', '.join(others.values())}: made with another configuration than the newer {last.folder}, and left out of "
+            "its mean; run these seeds again"
+        )
+    return {seed: run for seed, run in seeds.items() if seed not in others}
 
 
 def frame(runs: Sequence[Run]) -> pandas.DataFrame:
@@ -210,14 +283,14 @@ def frame(runs: Sequence[Run]) -> pandas.DataFrame:
             "budget": run.budget,
             "settings": None if run.settings is None else " ".join(run.settings),
             "seed": run.seed,
-            "seconds": _number(run.part("seconds").get("total")),
-            "device": environment.get("device"),
-            "commit": environment.get("git"),
-            "run_dir": str(run.folder),
-            "status": run.result.get("status"),
+            "seconds": number(run.part("seconds").get("total")),
+            "device": _plain(environment.get("device")),
+            "commit": _plain(environment.get("git")),
+            "run_dir": utf8(str(run.folder)),
+            "status": _plain(run.result.get("status")),
         }
         rows += [
-            {**same, "metric": metric, "value": run.value(metric), "unit": unit(metric), **own}
+            {**same, "metric": utf8(metric), "value": run.value(metric), "unit": unit(metric), **own}
             for metric in run.measured()
         ]
     return pandas.DataFrame(rows, columns=list(COLUMNS))
@@ -265,16 +338,40 @@ def _result_files(roots: Sequence[Path]) -> Iterator[Path]:
                 yield file
 
 
-def _finished_at(folder: Path) -> tuple[float, str]:
-    try:
-        return ((folder / "result.json").stat().st_mtime, str(folder))
-    except OSError:
-        return (0.0, str(folder))
+def inside(path: Path, folder: Path) -> Path | None:
+    """``path``, an entry of ``folder``; None if it is a link that leads out of it (in what others have sent)."""
+    if not path.is_symlink():
+        return path
+    real, own = (Path(os.path.realpath(place)) for place in (path, folder))
+    return path if real.is_relative_to(own) else None
 
 
-def _number(value: Any) -> float | None:
+def _json(text: str) -> Any:
+    """JSON of which every number is finite or null: NaN, infinity and what no float holds are no measured values."""
+    return json.loads(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_finite_int)
+
+
+def _finite(text: str) -> float | None:
+    found = float(text)
+    return found if math.isfinite(found) else None
+
+
+def _finite_int(text: str) -> int | None:
+    return int(text) if len(text) < 300 else None
+
+
+def _plain(value: Any) -> str | None:
+    return None if value is None else utf8(str(value))
+
+
+def number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if plain else None
+
+
+def _seconds(stages: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in stages.items() if number(value)}
 
 
 def yaml_file(path: Path) -> Mapping[str, Any] | None:
@@ -297,5 +394,5 @@ def _loaded(text: str) -> Any:
 
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, brackets a thousand deep
         return None

@@ -23,6 +23,7 @@ Only this module knows that format; ``launch`` runs the jobs, ``scripts/make_tab
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -230,7 +231,17 @@ def jobs(
 
 
 def _exists(conf: Path, group: str, name: str | None) -> bool:
-    return (conf / group / f"{name}.yaml").is_file()
+    """Whether the group has such a file; a name may be anything, longer than a file's may be too."""
+    return name in _names(conf / group)
+
+
+@functools.lru_cache(maxsize=256)
+def _stems(folder: Path, changed: int) -> frozenset[str]:
+    return frozenset(file.stem for file in folder.glob("*.yaml"))
+
+
+def _names(folder: Path) -> frozenset[str]:
+    return _stems(folder, folder.stat().st_mtime_ns) if folder.is_dir() else frozenset()
 
 
 def _check_exists(conf: Path, group: str, name: str) -> None:
@@ -314,10 +325,10 @@ def _split(word: str) -> tuple[str, str, str]:
 
 def _checked(conf: Path, job: Job) -> Job:
     """The job with the groups that have no file: methods that are not there yet."""
-    missing = [f"{group}={name}" for group, name in job.groups.items() if not (conf / group / f"{name}.yaml").is_file()]
+    missing = [f"{group}={name}" for group, name in job.groups.items() if not _exists(conf, group, name)]
     for word in job.settings:
         key, _, name = word.partition("=")
-        if key in ("defense/isolation", "defense/removal") and not (conf / key / f"{name}.yaml").is_file():
+        if key in ("defense/isolation", "defense/removal") and not _exists(conf, key, name):
             missing.append(word)
     return replace(job, missing=tuple(missing))
 
@@ -327,7 +338,7 @@ def budget_groups(conf: Path, budget: str | None) -> dict[str, str]:
     import yaml
 
     file = conf / "budget" / f"{budget}.yaml"
-    if budget is None or not file.is_file():
+    if not _exists(conf, "budget", budget):
         return {}
     entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", [])
     return {

@@ -5,8 +5,8 @@
     python scripts/report.py DIR1 DIR2 --out report --figures link
     python scripts/report.py outputs --out report train.epochs=30
 
-DIR of --out must be new, empty, or an earlier report, which is replaced. Needs the packages of the extra 'report'. Exit
-codes: 0 done, 2 unknown name or option, 3 a result that cannot be read, 6 the site cannot be written.
+DIR of --out must be new, empty, or an earlier report with nothing else in it, which is replaced. Needs the packages of the
+extra 'report'. Exit codes: 0 done, 2 unknown name or option, 3 a result that cannot be read, 6 the site cannot be written.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def track(out: Path, mode: str, group: str | None, runs: int) -> None:
     parts = [path for path in sorted(out.iterdir()) if path.name != site.KEPT]
     tracker.artifact(f"report-{out.name}", "report", parts)
     tracker.table("runs", out / "runs.csv", MAX_TRACKED_ROWS)
+    rows = len((out / "runs.csv").read_text(encoding="utf-8").splitlines()) - 1
+    if rows > MAX_TRACKED_ROWS:
+        collect.to_stderr(f"W&B's table has the first {MAX_TRACKED_ROWS:,} of {rows:,} rows; runs.csv has them all")
     tracker.finish({"runs": runs})
 
 
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             track(out, args.wandb, args.group, runs)
     except BenchError as error:
         return launch.fail(str(error), error.exit_code, False)
-    print(f"{runs} runs: {out / 'index.html'}")
+    print(collect.utf8(f"{runs} runs: {out / 'index.html'}"))
     return 0
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from backdoor_bench import collect, launch
 from backdoor_bench.collect import Run
 from backdoor_bench.errors import BenchError
+from backdoor_bench.reporting.tables import plain_markdown
 from backdoor_bench.results import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,15 +36,20 @@ def changed(attack: str, config: Mapping[str, Any]) -> str:
     """The keys of ``attack`` that a run had set to something else than conf/attack says, ``key=value`` each."""
     import yaml
 
-    file = CONF / "attack" / f"{attack}.yaml"
-    default = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return ", ".join(_changed("", default, config["attack"] or {}))
+    files = {file.stem: file for file in (CONF / "attack").glob("*.yaml")}
+    default = yaml.safe_load(files[attack].read_text(encoding="utf-8")) if attack in files else {}
+    return ", ".join(_changed("", default, _mapping(config["attack"])))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A section that others wrote; empty where it is none."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _changed(prefix: str, default: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:
     for key, value in default.items():
         if isinstance(value, Mapping):
-            yield from _changed(f"{prefix}{key}.", value, told.get(key, {}))
+            yield from _changed(f"{prefix}{key}.", value, _mapping(told.get(key)))
         # What refers to other keys (``${seed}``) is no setting of its own.
         elif key in told and told[key] != value and not (isinstance(value, str) and "${" in value):
             yield f"{prefix}{key}={told[key]}"
@@ -52,19 +58,23 @@ def _changed(prefix: str, default: Mapping[str, Any], told: Mapping[str, Any]) -
 def row_of(run: Run) -> dict[str, Any]:
     """One run as a flat row; metrics as fractions or None, seconds of each stage. What its files lack is None."""
     undefended, metrics = run.part("undefended"), run.part("metrics")
-    train = run.config("train") or {}
+    train = _mapping(run.config("train"))
+    padding = collect.number(_mapping(train.get("augment")).get("crop_padding"))
     row: dict[str, Any] = {name: getattr(run, name) for name in ("dataset", "model", "attack", "defense")}
     row |= {"variant": run.result.get("variant"), "seed": run.seed}
-    row |= {f"undefended_{name}": undefended.get(name) for name in ("acc", "asr")}
-    row |= {name: metrics.get(name) for name in ("acc", "asr", "target_class_acc", "precision", "recall")}
+    row |= {f"undefended_{name}": collect.number(undefended.get(name)) for name in ("acc", "asr")}
+    row |= {
+        name: collect.number(metrics.get(name)) for name in ("acc", "asr", "target_class_acc", "precision", "recall")
+    }
     row |= {"attack_settings": changed(run.attack, {"attack": run.config("attack")}), "epochs": train.get("epochs")}
-    row |= {"crop_and_flip": (train.get("augment") or {}).get("crop_padding", 0) > 0}
-    row |= {"asr_floor": metrics.get("asr_floor")}
+    row |= {"crop_and_flip": (padding or 0) > 0}
+    row |= {"asr_floor": collect.number(metrics.get("asr_floor"))}
     row |= {name: run.part("poison").get(name) for name in ("n_train", "n_poisoned", "n_cover", "n_flagged")}
     row |= {f"seconds_{name}": run.part("seconds").get(name) for name in STAGES}
     environment = run.part("environment")
     row |= {name: environment.get(name) for name in ("device", "threads", "embedding", "torch", "git")}
-    return row | {"arithmetic": environment.get("precision")}
+    row |= {"arithmetic": environment.get("precision")}
+    return {name: collect.utf8(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def percent(value: float | None) -> str:
@@ -81,8 +91,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         before = f"{percent(row['undefended_acc'])} / {percent(row['undefended_asr'])}"
         shares = " | ".join(percent(row[key]) for key in ("acc", "asr", "target_class_acc", "precision", "recall"))
         flagged = "-" if row["n_flagged"] is None else row["n_flagged"]
-        names = " | ".join(str(row[key]) for key in ("dataset", "attack", "defense", "seed"))
-        lines.append(f"| {names} | {before} | {shares} | {flagged} |")
+        names = " | ".join(plain_markdown(str(row[key])) for key in ("dataset", "attack", "defense", "seed"))
+        lines.append(f"| {names} | {before} | {shares} | {plain_markdown(str(flagged))} |")
     return "\n".join(lines)
 
 
@@ -111,34 +121,42 @@ def attack_table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (row["attack"], row["attack_settings"])):
         if row["defense"] != "no_defense":
             continue
-        counts = f"{row['n_poisoned']}, {row['n_cover']} of {row['n_train']}"
+        counts = plain_markdown(f"{row['n_poisoned']}, {row['n_cover']} of {row['n_train']}")
         shares = " | ".join(percent(row[key]) for key in ("acc", "asr", "asr_floor"))
         papers = "; ".join(printed(row["dataset"]).get(row["attack"], ["-"]))
         settings = f"{row['attack_settings'] or 'default'}, {row['epochs']} epochs"
         settings += "" if row["crop_and_flip"] else ", no crop or flip"
-        lines.append(f"| {row['attack']} | {settings} | {counts} | {shares} | {papers} |")
+        names = f"{plain_markdown(row['attack'])} | {plain_markdown(settings)}"
+        lines.append(f"| {names} | {counts} | {shares} | {papers} |")
     return "\n".join(lines)
 
 
 def epoch_table(folder: Path) -> str:
-    """What each detection epoch found alone and what all so far found, from metrics.csv."""
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+    """What each detection epoch found alone and what all so far found, from metrics.csv; empty cells for what a torn file
+    lacks."""
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8", errors="replace") as file:
         rows = list(csv.DictReader(file))
-    alone = {row["epoch"]: row for row in rows if row["stage"] == "detection"}
-    union = {row["epoch"]: row for row in rows if row["stage"] == "isolation"}
-    trained = {row["epoch"]: row for row in rows if row["stage"] == "train"}
+    by_stage = {
+        stage: {str(row.get("epoch")): row for row in rows if row.get("stage") == stage}
+        for stage in ("detection", "isolation", "train")
+    }
+    union, trained = by_stage["isolation"], by_stage["train"]
     lines = [
         "| epoch | ACC / ASR then | flagged | precision | recall | union: precision | recall |",
         "|" + " --- |" * 7,
     ]
 
-    def share(row: dict[str, str], key: str) -> str:
-        return percent(float(row[key]) if row[key] else None)
+    def share(row: Mapping[str, Any], key: str) -> str:
+        try:
+            return percent(float(row.get(key) or ""))
+        except ValueError:
+            return "-"
 
-    for epoch, row in alone.items():
+    for epoch, row in by_stage["detection"].items():
         then = " / ".join(share(trained[epoch], key) for key in ("acc", "asr")) if epoch in trained else "-"
-        cells = [epoch, then, row["n_flagged"], share(row, "precision"), share(row, "recall")]
-        cells += [share(union[epoch], "precision"), share(union[epoch], "recall")]
+        cells = [plain_markdown(epoch), then, plain_markdown(row.get("n_flagged") or "-")]
+        cells += [share(row, "precision"), share(row, "recall")]
+        cells += [share(union.get(epoch, {}), key) for key in ("precision", "recall")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -167,8 +185,12 @@ def summarise(arguments: argparse.Namespace) -> int:
     if arguments.epochs:
         for run in runs:
             if run.part("diagnostics") and (run.folder / "metrics.csv").is_file():
-                print(f"\n{run.dataset} {run.attack} {run.defense} seed {run.seed}\n")
-                print(epoch_table(run.folder))
+                names = f"{run.dataset} {run.attack} {run.defense} seed {run.seed}"
+                print(f"\n{plain_markdown(names)}\n")
+                try:
+                    print(epoch_table(run.folder))
+                except (OSError, csv.Error) as error:
+                    collect.to_stderr(f"{run.folder / 'metrics.csv'} cannot be read: {error}")
     if arguments.csv:
         write_table(arguments.csv, rows)
     if arguments.tidy:

@@ -15,7 +15,7 @@ PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63606060000000040001f61738550000"
     "000049454e44ae426082"
 )
-STAGES = {"train": 60.0, "embedding": 30.0, "removal": 30.0}
+STAGES = {"train": 60.0, "embedding": 30.0, "removal": 30.0}  # the first is the attacker's
 
 
 def fake_run(
@@ -33,9 +33,11 @@ def fake_run(
     undefended: dict[str, Any] | None = None,
     config: bool = True,
     folder: Path | None = None,
+    more: dict[str, Any] | None = None,
     **metrics: float | None,
 ) -> Path:
-    """The folder of a finished run whose metrics are the given fractions, others null."""
+    """The folder of a finished run whose metrics are the given fractions, others null; more: other parts of its result,
+    None for those that older results lack."""
     place = folder or root / dataset / model / attack / defense / (",".join(settings) or "default") / f"seed{seed}"
     (place / "figures").mkdir(parents=True)
     (place / "figures" / "curves.png").write_bytes(PNG)
@@ -51,7 +53,9 @@ def fake_run(
             "python": "3.11", "torch": "2", "device": "cpu", "threads": 1, "precision": "fp32", "embedding": None,
             "git": "abc123",
         },
-        "config_hash": f"{abs(hash(str(place))):016x}"[:16],
+        "config_hash": f"{abs(hash(str(place))):016x}"[:16], "cell_hash": "c0ffee", "data": None,
+        "finished": "2026-01-01T00:00:00.000000+00:00", "defense_seconds": {"embedding": 30.0, "removal": 30.0},
+        **(more or {}),
     }  # fmt: skip
     (place / "result.json").write_text(json.dumps(result))
     if config:

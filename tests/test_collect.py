@@ -25,7 +25,7 @@ def test_one_row_a_run_and_metric_in_the_units_of_the_printed_tables(tmp_path):
     table = collect.frame(collect.read([tmp_path]))
     assert tuple(table.columns) == collect.COLUMNS
     assert table.set_index("metric")["value"].to_dict() == pytest.approx(
-        {"acc": 94.8, "asr": 0.0, "undefended_acc": 50.0, "time_min": 2.0}
+        {"acc": 94.8, "asr": 0.0, "undefended_acc": 50.0, "time_min": 1.0}
     )
     assert table.set_index("metric")["unit"].to_dict()["time_min"] == "min"
     first = table.iloc[0].to_dict()
@@ -115,15 +115,88 @@ def test_each_folder_counts_once_and_caches_are_not_searched(tmp_path):
 
 
 def test_a_seed_twice_is_no_second_sample(tmp_path, told):
-    before, after = fake_run(tmp_path / "1", acc=0.5), fake_run(tmp_path / "2", acc=0.6)
+    # By the time in the result, not by that of the file, which a copy changes.
+    before = fake_run(tmp_path / "2", acc=0.5)
+    after = fake_run(tmp_path / "1", acc=0.6, more={"finished": "2026-01-01T00:00:00.000001+00:00"})
     fake_run(tmp_path / "2", seed=1, acc=0.7)
-    os.utime(before / "result.json", (1, 1))
+    os.utime(after / "result.json", (1, 1))
     ((cell, seeds),) = collect.newest(collect.read([tmp_path]), told.append).items()
-    assert cell == ("cifar10", "resnet18", "badnets", "trap", "trap", None, ())
+    assert cell == ("cifar10", "resnet18", "badnets", "trap", "trap", None, (), None)
     assert {seed: run.value("acc") for seed, run in seeds.items()} == {0: 60.0, 1: 70.0}
     assert len(told) == 1
     assert str(before) in told[0]
     assert str(after) in told[0]
+
+
+def test_results_without_a_time_come_first_and_by_their_files(tmp_path, told):
+    old = {"finished": None}
+    first, second = fake_run(tmp_path / "1", acc=0.5, more=old), fake_run(tmp_path / "0", acc=0.6, more=old)
+    os.utime(first / "result.json", (1, 1))
+    assert next(iter(collect.newest(collect.read([tmp_path]), told.append).values()))[0].folder == second
+    new = fake_run(tmp_path / "2", acc=0.7)
+    os.utime(new / "result.json", (0, 0))
+    assert next(iter(collect.newest(collect.read([tmp_path]), told.append).values()))[0].folder == new
+
+
+def test_seeds_of_another_configuration_are_no_samples_of_the_same(tmp_path, told):
+    other = fake_run(tmp_path, seed=0, acc=0.5, more={"cell_hash": "other"})
+    fake_run(tmp_path, seed=1, acc=0.6, more={"cell_hash": None})
+    fake_run(tmp_path, seed=2, acc=0.7, more={"finished": "2026-01-02T00:00:00+00:00"})
+    (seeds,) = collect.newest(collect.read([tmp_path]), told.append).values()
+    assert list(seeds) == [1, 2]
+    (line,) = told
+    assert line.startswith(f"{other}: made with another configuration than the newer ")
+
+
+def test_two_folders_of_images_are_two_cells(tmp_path, told):
+    for name in ("a", "b"):
+        fake_run(tmp_path / name, dataset="folder", acc=0.5, more={"data": name})
+    cells = collect.newest(collect.read([tmp_path]), told.append)
+    assert [(cell[-1], len(seeds)) for cell, seeds in cells.items()] == [("a", 1), ("b", 1)]
+
+
+def test_the_time_is_that_of_the_defence_alone(tmp_path):
+    for seed, own in enumerate(({"embedding": 30.0}, {}, None)):
+        fake_run(tmp_path, seed=seed, acc=0.5, more={"defense_seconds": own})
+    assert [run.value("time_min") for run in collect.read([tmp_path])] == [0.5, 2.0, 2.0]
+    assert [sum(run.all_stages().values()) for run in collect.read([tmp_path])] == [120, 120, 120]
+
+
+def test_one_odd_value_ends_no_reading(tmp_path, told):
+    def write(name, **changed):
+        place = fake_run(tmp_path, name, acc=0.5)
+        result = json.loads((place / "result.json").read_text()) | changed
+        (place / "result.json").write_text(json.dumps(result))
+        return place
+
+    write("a", seconds={"total": float("inf"), "train": float("nan"), "embedding": 10**400}, warnings=5)
+    write("b", metrics={"acc": 10**400, "asr": "high", "acc_per_class": 5}, environment={"device": 7})
+    write("c", metrics={"acc": 0.5, "acc_per_class": ["x", 0.25]}, attack="\ud800")
+    write("seed", seed=float("inf"))
+    deep = fake_run(tmp_path, "deep")
+    (deep / "result.json").write_text("[" * 100_000)
+    runs = collect.read([tmp_path], told.append)
+    assert len(told) == 2
+    first, second, third = runs
+    assert (first.part("seconds")["total"], first.all_stages(), first.warnings) == (None, {}, [])
+    assert (second.value("acc"), second.value("asr"), second.acc_per_class) == (None, None, [])
+    assert (third.acc_per_class, third.attack) == ([None, 0.25], "\\ud800")
+    assert len(collect.frame(runs))
+
+
+def test_a_config_that_is_a_link_out_of_its_folder_is_not_read(tmp_path):
+    (tmp_path / "secret.yaml").write_text("attack: {poison_rate: 0.5}")
+    place = fake_run(tmp_path / "runs", config=False, acc=0.5)
+    (place / "config.yaml").symlink_to(tmp_path / "secret.yaml")
+    (run,) = collect.read([tmp_path / "runs"])
+    assert run.config_text is None
+
+
+def test_paths_that_are_not_utf_8(tmp_path):
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    fake_run(place, acc=0.5, folder=place / "run")
+    assert summarise_runs.main([str(place), "--tidy", str(tmp_path / "t.csv"), "--csv", str(tmp_path / "u.csv")]) == 0
+    assert r"caf\udce9/run" in (tmp_path / "t.csv").read_text()
 
 
 def test_the_isolation_of_a_run(tmp_path):

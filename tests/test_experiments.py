@@ -489,6 +489,13 @@ def test_unknown_names_are_errors_with_a_hint(make):
         experiments.printed("trap_table9")
 
 
+def test_a_name_longer_than_a_files_is_unknown(make):
+    conf, experiment = make(GRID)
+    with pytest.raises(ConfigError, match="is unknown; valid: a, b"):
+        experiments.jobs(conf, experiment, {"dataset": ["x" * 300]})
+    assert experiments.budget_groups(conf, "x" * 300) == {}
+
+
 @pytest.mark.parametrize("name", ["../config", "a/b", ""])
 def test_a_name_is_no_path(name):
     with pytest.raises(ConfigError, match="is unknown"):

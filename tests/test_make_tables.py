@@ -1,5 +1,7 @@
 """A printed table beside stored results: the exact files, statistics, what is not there, bad input."""
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,8 +156,8 @@ def test_time_and_reconstruction_error(conf, tmp_path):
     )
     (folder / "result.json").write_text(text)
     time, mse = _rows(conf, tmp_path / "runs")[:2]
-    # Two minutes of stages, not the 90.5 s of a run that took some of them from the cache.
-    assert (time.ours.mean, time.within, mse.ours.mean, mse.within) == (2.0, None, 0.0123, None)
+    # A minute of the defence's stages: not the attacker's, not the 90.5 s of a run that took some from the cache.
+    assert (time.ours.mean, time.within, mse.ours.mean, mse.within) == (1.0, None, 0.0123, None)
     assert tables.ours(mse) == "0.0123"
 
 
@@ -173,6 +175,11 @@ def test_tolerances():
     assert Tolerance.of(["interval"]).judge("acc", 96.4, ours) is True
     assert Tolerance.of(["interval"]).judge("acc", 97.0, ours) is False
     assert Tolerance.of(["interval"]).judge("acc", 97.0, wide) is None
+    # Equal numbers lie in an interval without a width, whatever their last bits.
+    assert stat([100 * 0.901] * 3).low > 90.1
+    assert Tolerance.of(["interval"]).judge("acc", 90.1, stat([100 * 0.901] * 3)) is True
+    for words in (["acc=0.5", "2"], ["2", "acc=0.5"]):
+        assert (Tolerance.of(words).points["acc"], Tolerance.of(words).points["asr"]) == (0.5, 2)
     for bad in ("-1", "acc=x", "nonsense=1", "", "1e400"):
         with pytest.raises(ConfigError, match="--tolerance"):
             Tolerance.of([bad])
@@ -192,7 +199,8 @@ def test_a_budget_and_other_data_stand_in_the_title(conf, tmp_path, capsys):
         "cifar10; model small_cnn instead of resnet18"
     )
     assert out[2] == "## cifar10, resnet18 (ours: photo_digits, small_cnn)"
-    assert "| badnets | trap | ACC | 94.5 | 70.00 | 1 | -24.50 | ! |" in out
+    assert "| badnets | trap | ACC | 94.5 | 70.00 | 1 | -24.50 |" in out
+    assert "- difference: ours - paper; at the reduced budget small, which cannot reach the paper's numbers," in out[-1]
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
         f"demo_table1-budget=small,dataset=photo_digits.{ending}" for ending in ("csv", "md", "tex")
     ]
@@ -202,6 +210,73 @@ def test_a_budget_that_was_not_named_is_hinted_at(conf, tmp_path, capsys):
     fake_run(tmp_path / "runs", model="small_cnn", budget="small", acc=0.7)
     assert make_tables.main(["demo_table1", str(tmp_path / "runs")]) == 0
     assert "those there are have the budget small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("attack=wanet", "attack wanet in place of the printed ones"),
+        ("defense=meca", "defense meca in place of the printed ones"),
+    ],
+)
+def test_another_method_does_not_stand_beside_the_printed_value(conf, tmp_path, capsys, word, told):
+    group, _, name = word.partition("=")
+    (conf / group / f"{name}.yaml").touch()
+    methods = {"attack": "badnets", "defense": "trap", group: name}
+    fake_run(tmp_path / "runs", **methods, acc=0.5)
+    assert make_tables.main(["demo_table1", str(tmp_path / "runs"), word, "--measured"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == f"# Demo Table 1: two defences; {told}"
+    assert out.count("## ") == out.count("## Not printed: ") == 1
+    assert out.count(f"| {methods['attack']} | {methods['defense']} | ACC | 50.00 | 1 |") == 1
+
+
+def test_a_method_of_the_table_keeps_its_printed_values_beside_another(conf, tmp_path):
+    (conf / "attack" / "wanet.yaml").touch()
+    fake_run(tmp_path / "runs", acc=0.5)
+    rows = _rows(conf, tmp_path / "runs", chosen={"attack": ["badnets", "wanet"], "defense": ["trap"]})
+    assert [(row.attack, row.paper) for row in rows if row.ours] == [("badnets", 94.5)]
+    assert {row.attack for row in rows if not row.table} == {"badnets", "wanet"}
+
+
+def test_two_data_sets_of_one_name_stand_side_by_side(conf, tmp_path, capsys):
+    (conf / "dataset" / "folder.yaml").touch()
+    for name, acc in (("a", 0.5), ("b", 0.6)):
+        fake_run(tmp_path / "runs" / name, dataset="folder", acc=acc, more={"data": 12 * name})
+    assert make_tables.main(["demo_table1", str(tmp_path / "runs"), "dataset=folder", "--measured"]) == 0
+    out = capsys.readouterr().out
+    for name, acc in (("a", "50.00"), ("b", "60.00")):
+        heading = f"(ours: folder ({8 * name}), resnet18)"
+        assert f"| {acc} | 1 |" in out.split(heading)[1].split("##")[0]
+
+
+def test_the_rate_is_there_where_the_table_has_several(tmp_path):
+    fake_run(tmp_path, "badnets", "trap", settings=("attack.poison_rate=0.05",), acc=0.9)
+    made = compare.compare(REAL, experiments.load(REAL, "trap_table4"), collect.newest(collect.read([tmp_path])))
+    (section,) = tables.sections(made, measured_only=True)
+    assert section.rows[0][: section.columns.index("rate") + 1] == ("badnets", "trap", "0.05")
+
+
+def test_a_job_of_a_grid_with_nulls_alone_is_counted(conf, tmp_path):
+    fake_run(tmp_path / "runs", settings=("defense.isolation.eps=3.5",))
+    (row,) = (row for row in _rows(conf, tmp_path / "runs") if not row.table)
+    assert (row.status, row.note) == (compare.NO_NUMBER, compare.NULL)
+
+
+def test_a_seed_without_the_number_is_not_named(conf, tmp_path):
+    for seed, precision in enumerate((0.5, None, 0.7)):
+        settings = ("defense.isolation.eps=2.5",)
+        fake_run(tmp_path / "runs", seed=seed, settings=settings, acc=0.5, precision=precision)
+    made = compare.compare(
+        conf, experiments.load(conf, "demo_table1"), collect.newest(collect.read([tmp_path / "runs"]))
+    )
+    (record,) = (one for one in tables.records(made) if one["n"])
+    assert (record["n"], record["seeds"]) == (2, "0 2")
+
+
+def test_a_long_word_is_no_path(conf, runs, capsys):
+    assert make_tables.main(["demo_table1", str(runs), f"budget={'x' * 300}"]) == 2
+    assert "is unknown; valid: small" in capsys.readouterr().err
 
 
 def test_settings_of_the_whole_sweep(conf, tmp_path, capsys):
@@ -236,7 +311,7 @@ def test_names_with_specials_are_escaped_in_every_format(conf, tmp_path, capsys)
     comparison = compare.compare(
         conf, experiments.load(conf, "demo_table1"), collect.newest(collect.read([tmp_path / "runs"]))
     )
-    assert r"| a\|b\_\<script\>\&%$#{}~^\\\[x\](y) | trap | ACC | 50.00 | 1 |" in tables.markdown(comparison)
+    assert r"| a\|b\_\<script\>\&%\$#{}\~^\\\[x\](y) | trap | ACC | 50.00 | 1 |" in tables.markdown(comparison)
     latex = tables.latex(comparison)
     assert (
         r"a\textbar{}b\_\textless{}script\textgreater{}\&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}{[}x{]}(y)"
@@ -247,6 +322,30 @@ def test_names_with_specials_are_escaped_in_every_format(conf, tmp_path, capsys)
 
 def test_control_characters_do_not_break_a_row(conf, tmp_path):
     assert tables._plain("a\nb\t\x1b[31mc") == "a b [31mc"
+    assert tables._plain("\ud800") == "\\ud800"
+
+
+def test_what_the_fonts_of_latex_lack_becomes_a_question_mark():
+    assert tables._latex("a\u2212b \u4e2d \u200b é − × ±") == r"a$-$b ? ? é $-$ $\times$ $\pm$"
+
+
+@pytest.mark.slow
+def test_latex_reads_every_character_that_is_left(tmp_path):
+    if shutil.which("pdflatex") is None:
+        pytest.skip("needs pdflatex on the PATH")
+    every = "".join(map(chr, range(0x20, 0x3000)))
+    lines = "\n\n".join(tables._latex(tables._plain(every[start : start + 64])) for start in range(0, len(every), 64))
+    head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{textcomp,booktabs,longtable}\begin{document}"
+    (tmp_path / "t.tex").write_text(f"{head}\n{lines}\n\\end{{document}}\n")
+    made = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True
+    )
+    assert made.returncode == 0, made.stdout[-2000:]
+
+
+def test_a_table_without_rows_has_its_header():
+    empty = compare.Comparison("x", "x", None, (), Tolerance(), ())
+    assert tables.csv_text(empty) == ",".join(tables.RECORD) + "\n"
 
 
 def test_csv_rows_are_disarmed(conf, runs):
@@ -372,12 +471,6 @@ def test_files_and_folders_become_one_artefact(tmp_path, monkeypatch):
     assert told == [("table--1-", "table"), file, folder, Artifact, 0]
     config = tracking.load(REAL, "offline", "trap_table1")
     assert (config.mode, config.group, config.init_timeout) == ("offline", "trap_table1", 10.0)
-
-
-def _print(*rows):
-    """The demo's printed table with these rows instead."""
-    lines = [f"demo,1,cifar10,resnet18,{row}" for row in rows]
-    (experiments.REFERENCE / "demo_table1.csv").write_text("\n".join([HEAD, *lines]) + "\n")
 
 
 def _rows(conf, root, **more):

@@ -1,9 +1,12 @@
 """The static site: what its pages hold, escaping, what it refuses; in a real browser: sorting, filters, opening a run."""
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 
@@ -74,21 +77,38 @@ def test_the_leaderboard_has_a_row_a_cell_with_links_to_its_seeds(made):
     rows = json.loads(re.search(r'id="rows">(.*?)</script>', (made / "index.html").read_text(), re.DOTALL)[1])
     trap = next(row for row in rows if row["n"] == 2)
     assert (trap["acc"], trap["asr"], trap["gap"], trap["undefended_asr"]) == (94.5, 0.1, 94.4, 100)
-    assert trap["stages"] == {"train": 60, "embedding": 30, "removal": 30}
+    assert trap["stages"] == {"embedding": 30, "removal": 30}
     assert trap["isolation"] == "trap"
     assert "torn/result.json is torn" in index.text
+    # A filter offers what is there, "none" where some rows have no budget; a single value needs no filter.
+    filters = {one["data-filter"] for one in index.all("select") if "data-filter" in one}
+    assert filters == {"dataset", "model", "attack", "defense", "budget"}
+    assert {"", "=", "=small"} <= {one["value"] for one in index.all("option")}
+    # A number that is not there sorts by no number.
+    assert sum(one.get("data-order") == "" for one in index.all("td")) > 4
+
+
+def test_a_row_has_all_devices_of_its_seeds_and_the_data(tmp_path):
+    for seed, device in enumerate(("cuda:0", "cpu")):
+        more = {"environment": {"device": device}, "data": "fingerprint"}
+        fake_run(tmp_path, seed=seed, acc=0.5, more=more)
+    cells = collect.newest(collect.read([tmp_path]))
+    pages = {run.folder: site.Page(run, "x") for seeds in cells.values() for run in seeds.values()}
+    (row,) = site.leaderboard(cells, pages)
+    assert (row["device"], row["data"]) == (["cpu", "cuda:0"], "fingerpr")
 
 
 def test_nothing_comes_from_elsewhere(made):
     for file in [*made.rglob("*.html"), made / "assets" / "site.css", made / "assets" / "site.js"]:
         assert not re.search(r"https?://", file.read_text(encoding="utf-8")), file
+    # The libraries name addresses (in licences, for maps that are not drawn) but read no style or font from one.
+    styles = (made / "assets" / "datatables.css").read_text(encoding="utf-8")
+    assert not re.search(r"@import|url\(\s*['\"]?(?!data:)", styles)
     for file in made.rglob("*.html"):
-        page = _page(file)
-        names = [
-            one.get("href") or one.get("src") for one in (*page.all("link"), *page.all("script"), *page.all("img"))
-        ]
-        for name in filter(None, names):
-            assert name == "data:," or (file.parent / name.replace("%20", " ")).exists() or "%3C" in name
+        for _, one in _page(file).tags:
+            for name in filter(None, (one.get("href"), one.get("src"))):
+                address = unquote(name.partition("#")[0])
+                assert name == "data:," or (file.parent / address).exists(), (file, name)
 
 
 def test_every_name_is_escaped(made):
@@ -129,6 +149,7 @@ def test_an_earlier_report_is_replaced_and_keeps_what_w_and_b_left(made, roots, 
     (made / "tracking").mkdir()
     (made / "tracking" / "id.txt").write_text("x")
     (made / "runs" / "stale.html").touch()
+    capsys.readouterr()
     assert report.main([str(roots), "--out", str(made), "--figures", "none"]) == 0
     assert not (made / "runs" / "stale.html").exists()
     assert not (made / "figures").exists()
@@ -150,17 +171,178 @@ def test_figures_can_be_linked_and_links_in_a_run_folder_are_not_followed(roots,
         assert ("runs/cifar10" in picture["src"]) == (how == "link")
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_folder_that_is_no_report_is_left_alone(roots, tmp_path, capsys, kind):
+FOREIGN_RECORD, OWN_RECORD = '{"title": "mine"}', '{"schema": 1, "runs": 1, "tables": []}'
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        None,
+        {"thesis.txt": "mine"},
+        {"report.json": FOREIGN_RECORD, "index.html": "mine"},
+        {"report.json": "[1]"},
+        {"report.json": OWN_RECORD, "thesis.txt": "mine"},
+        {"report.json": OWN_RECORD, "runs/badnets/result.json": "{}"},
+        {"report.json": OWN_RECORD, "figures/a/b/c.png": "mine"},
+        {"report.json": OWN_RECORD, "src/index.html": "mine"},
+    ],
+)
+def test_a_folder_that_is_no_report_is_left_alone(roots, tmp_path, capsys, files):
     out = tmp_path / "mine"
-    if kind == "file":
+    if files is None:
         out.write_text("mine")
-    else:
-        out.mkdir()
-        (out / "thesis.txt").write_text("mine")
+    for name, text in (files or {}).items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
     assert report.main([str(roots), "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith(f"error: --out {out} ")
+    assert all((out / name).read_text() == text for name, text in (files or {}).items())
     assert out.exists()
+
+
+def test_runs_are_not_shown_in_their_own_folder(roots, tmp_path, capsys):
+    out = tmp_path / "site"
+    roots.rename(out)
+    for root in (out, out / "cifar10"):
+        assert report.main([str(root), "--out", str(out)]) == 2
+        assert f"--out {out} holds {root}, whose runs are to be shown" in capsys.readouterr().err
+
+
+def test_what_a_killed_build_left_is_finished_by_the_next(tmp_path, monkeypatch):
+    out, old, new = tmp_path / "site", tmp_path / ".site.1.old", tmp_path / ".site.2.tmp"
+    monkeypatch.setattr(site, "_alive", lambda pid: pid == 3)
+    for place in (old, new, tmp_path / ".site.3.tmp"):
+        (place / "tracking").mkdir(parents=True)
+        (place / "from").write_text(place.name)
+    site._clean_up(out)  # killed between the two names
+    assert (out / "from").read_text() == old.name
+    assert (out / "tracking").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".site.3.tmp", "site"]
+    (out / "tracking").rename(tmp_path / "t")
+    (old / "tracking").mkdir(parents=True)
+    site._clean_up(out)  # killed before W&B's files had moved on
+    assert (out / "from").exists()
+    assert (out / "tracking").is_dir()
+    assert not old.exists()
+    assert site._beside(out, "tmp").name == f".site.{os.getpid()}.tmp"
+
+
+def test_a_report_that_cannot_take_its_place_leaves_the_earlier_one(tmp_path):
+    out = tmp_path / "site"
+    out.mkdir()
+    (out / "from").touch()
+    with pytest.raises(OSError, match="nowhere"):
+        site._replace(tmp_path / "nowhere", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    assert (out / "from").exists()
+
+
+def test_a_process_that_runs_is_alive():
+    assert (site._alive(os.getppid()), site._alive(os.getpid()), site._alive(10**30)) == (True, False, False)
+
+
+def test_torn_results_are_named_on_the_screen(tmp_path, capsys):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "result.json").write_text('{"a')
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ")
+    assert error.startswith("error: no finished run")
+    assert "torn/result.json is torn" in warning
+    assert "torn/result.json is torn" in error
+
+
+def test_odd_names_values_and_pictures_of_one_run_do_not_end_the_report(tmp_path, capsys, monkeypatch):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    long = 300 * "x"
+    fake_run(root, folder=root / "1", dataset=long, model=long, budget=long, acc=0.5)
+    fake_run(root, "\ud800", folder=root / "2", acc=0.5)
+    numbers = {"total": 1e400, "train": 5}
+    more = {"seconds": numbers, "warnings": 5, "defense_seconds": [], "metrics": {"acc": 0.5, "acc_per_class": ["x"]}}
+    place = fake_run(root, folder=root / "3", more=more)
+    (place / "figures" / os.fsdecode(b"caf\xe9.png")).write_bytes(PNG)
+    gone = place / "figures" / "gone.png"
+    gone.write_bytes(PNG)
+
+    def link(file, target):
+        if file == gone:
+            gone.unlink()
+        raise OSError
+
+    monkeypatch.setattr(site.os, "link", link)
+    assert report.main([str(root), "--out", str(tmp_path / "site")]) == 0
+    told = capsys.readouterr()
+    assert "gone.png is left out: No such file or directory" in told.err
+    assert "gone.png is left out" in _page(tmp_path / "site" / "index.html").text
+    pages = [_page(file) for file in sorted((tmp_path / "site" / "runs").iterdir())]
+    pictures = {one["src"].rpartition("/")[2] for page in pages for one in page.all("img")}
+    assert pictures == {"curves.png", "caf%E9.png"}
+    assert r"caf\udce9/3" in " ".join(page.text for page in pages)
+    assert report.main([str(root), "--out", str(tmp_path / "site")]) == 0  # and it can be replaced
+
+
+def test_a_folder_of_figures_that_leaves_the_run_is_not_followed(roots, tmp_path, capsys):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "private.png").write_bytes(PNG)
+    place = next(roots.rglob("no_defense/*/seed0"))
+    shutil.rmtree(place / "figures")
+    (place / "figures").symlink_to(secret)
+    assert report.main([str(roots), "--out", str(tmp_path / "site")]) == 0
+    assert not list((tmp_path / "site").rglob("private.png"))
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("/data/my images", None), ("a=b,{c},[d]", None), ("it's", None), ("true", None), ("12", None), ("1e5", None),
+        ("/data/x-1.2_y", "/data/x-1.2_y"), ("cuda:0", "cuda:0"), (r"a\'b", None), ("", None),
+    ],
+)  # fmt: skip
+def test_the_command_says_every_path_as_hydra_reads_it(value, read):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    word = site._override("dataset.root", value)
+    assert OverridesParser.create().parse_override(word).value() == value
+    if read is not None:
+        assert word == f"dataset.root={read}"
+
+
+def test_tables_on_data_and_networks_that_another_table_has(tmp_path):
+    fake_run(tmp_path, "badnets", "trap", dataset="gtsrb", precision=0.9, recall=1)
+    fake_run(tmp_path, "smooth", "tr", model="wrn16_1", paper="tr", budget="small", acc=0.9)
+    cells = collect.newest(collect.read([tmp_path]))
+    names = [name for name, _ in site.measured_tables(CONF, cells, site.Options())]
+    assert "trap_table3-gtsrb" in names
+    assert "tr_table5-small-wrn16_1" in names
+    assert len(names) == len(set(names))
+
+
+def test_a_table_at_a_reduced_budget_is_not_coloured(made):
+    page = (made / "tables" / "trap_table1-small-photo_digits.html").read_text()
+    assert not re.search(r'class="value ours (near|off|far)"', page)
+    assert "nothing is marked" in page
+
+
+def test_a_cell_links_to_each_of_its_runs(made):
+    page = _page(made / "tables" / "trap_table1.html")
+    links = [one["href"] for one in page.all("a") if "-badnets-trap-" in one.get("href", "")]
+    assert len(links) == len(set(links)) == 2
+    assert all(one.get("scope") for one in page.all("th"))
+
+
+def test_files_that_are_missing_are_named_below_the_table():
+    made = compare.compare(CONF, experiments.load(CONF, "trap_table1"), {})
+    notes = ("no file: defense=x", "3 of 6 attacks; no file: dataset=y, defense=x", "not the number of one run")
+    rows = tuple(dataclasses.replace(made.rows[0], note=note) for note in notes)
+    for kept, told in ((rows, ["no file yet for defense=x, dataset=y."]), (rows[2:], [])):
+        assert site.files_missing(dataclasses.replace(made, rows=kept)) == told
+
+
+def test_charts_have_a_name_for_who_does_not_see_them(made):
+    named = [one for _, one in _page(made / "index.html").tags if one.get("role") == "img"]
+    assert {one["id"] for one in named} == {"tradeoff", "precision", "recall", "cost"}
+    assert all(one["aria-label"] for one in named)
 
 
 def test_bad_input_ends_with_its_code(roots, tmp_path, capsys, monkeypatch):
@@ -188,11 +370,11 @@ def test_two_runs_never_share_a_page(tmp_path):
 def test_defences_across_and_rates_down(tmp_path):
     table = compare.compare(CONF, experiments.load(CONF, "trap_table4"), {})
     (grid, *_) = site.grids(table)
-    assert any(", 0.05" in name or ", 0.005" in name for name, _ in grid.rows)
+    assert {"badnets, 0.005", "badnets, 0.05", "badnets, 0.2"} <= {name for name, _ in grid.rows}
     assert all(len(cells) == len(grid.columns) for _, cells in grid.rows)
 
 
-def test_w_and_b_gets_the_site_without_its_own_files(made, monkeypatch):
+def test_w_and_b_gets_the_site_without_its_own_files(made, monkeypatch, capsys):
     from backdoor_bench import tracking
 
     told = {}
@@ -208,6 +390,7 @@ def test_w_and_b_gets_the_site_without_its_own_files(made, monkeypatch):
             told["runs"] = summary["runs"]
 
     monkeypatch.setattr(tracking, "start", lambda config, *rest: told.update(group=config.group) or Fake())
+    monkeypatch.setattr(report, "MAX_TRACKED_ROWS", 5)
     (made / "tracking").mkdir()
     report.track(made, "offline", "trap_table1", 5)
     assert told == {
@@ -216,6 +399,7 @@ def test_w_and_b_gets_the_site_without_its_own_files(made, monkeypatch):
         "table": "runs.csv",
         "runs": 5,
     }
+    assert re.search(r"W&B's table has the first 5 of \d\d rows; runs.csv has them all", capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------ in a browser
@@ -261,9 +445,9 @@ def thousand(tmp_path_factory):
                     fake_run(root, attack, defense, seed, dataset=dataset, **metrics, **flags)
                     number += 1
     for place in range(10):
-        fake_run(
-            root, EVIL, EVIL_TOO, place, acc=0.123, asr=0.5, precision=0.5, recall=0.5, folder=root / f"odd{place}"
-        )
+        # The last one has no ASR, as all undefended runs have no precision, and was made at a budget.
+        odd = {"asr": 0.5} if place < 9 else {"budget": "small"}
+        fake_run(root, EVIL, EVIL_TOO, place, acc=0.123, precision=0.5, recall=0.5, folder=root / f"odd{place}", **odd)
     out = tmp_path_factory.mktemp("site") / "report"
     assert report.main([str(root), "--out", str(out)]) == 0
     assert len(list((out / "runs").iterdir())) == 1000
@@ -315,7 +499,7 @@ def test_sort_filter_search_charts_and_opening_a_run(browser, thousand):
 
     wait = _open(browser, thousand / "index.html", 1280, 900)
     shown = browser.find_element(By.ID, "shown")
-    assert shown.text == "331 of 331 rows"
+    assert shown.text == "332 of 332 rows"
 
     heading = browser.find_element(By.XPATH, "//table[@id='runs']//th[contains(., 'ACC') and not(contains(., 'ASR'))]")
     for order in (sorted, lambda values: sorted(values, reverse=True)):
@@ -327,30 +511,50 @@ def test_sort_filter_search_charts_and_opening_a_run(browser, thousand):
             values = [float(text.split()[0]) for text in _column(browser, 6)]
         assert values == order(values)
 
-    _choose(browser, "select[data-filter=defense]", "trap")
-    assert shown.text == "33 of 331 rows"
-    assert set(_column(browser, 3)) == {"trap"}
-    _choose(browser, "select[data-filter=dataset]", "cifar100")
-    assert shown.text == "11 of 331 rows"
+    # What is not there is neither the best nor the worst: it comes last both ways.
+    for direction in ("asc", "desc"):
+        script = (
+            "const box = document.getElementById('sort'); box.add(new Option('x', arguments[0]));"
+            "box.value = arguments[0]; box.dispatchEvent(new Event('change'))"
+        )
+        browser.execute_script(script, f"6,{direction}")
+        values = [float(text.split()[0]) for text in _column(browser, 7)]
+        assert values == sorted(values, reverse=direction == "desc")
+        browser.find_element(By.CSS_SELECTOR, "button.last").click()
+        assert _column(browser, 7)[-1] == "-"
+
+    # A filter that has "none" beside one value is there, one with a single value is not.
+    _choose(browser, "select[data-filter=budget]", "=small")
+    assert shown.text == "1 of 332 rows"
+    _choose(browser, "select[data-filter=budget]", "=")
+    assert shown.text == "331 of 332 rows"
+    assert not browser.find_elements(By.CSS_SELECTOR, "select[data-filter=paper], select[data-filter=device]")
     _show(browser, browser.find_element(By.ID, "clear")).click()
-    assert shown.text == "331 of 331 rows"
+
+    _choose(browser, "select[data-filter=defense]", "=trap")
+    assert shown.text == "33 of 332 rows"
+    assert set(_column(browser, 3)) == {"trap"}
+    _choose(browser, "select[data-filter=dataset]", "=cifar100")
+    assert shown.text == "11 of 332 rows"
+    _show(browser, browser.find_element(By.ID, "clear")).click()
+    assert shown.text == "332 of 332 rows"
 
     # Names with markup are text, in the table, the filters and the charts.
-    _choose(browser, "select[data-filter=attack]", EVIL)
-    assert (_column(browser, 2), _column(browser, 3)) == ([EVIL], [EVIL_TOO])
+    _choose(browser, "select[data-filter=attack]", f"={EVIL}")
+    assert (_column(browser, 2), _column(browser, 3)) == ([EVIL, EVIL], [EVIL_TOO, EVIL_TOO])
     for name in ("tradeoff", "isolation", "cost"):
         chart = browser.find_element(By.ID, name)
         _show(browser, chart)
         wait.until(lambda page, chart=chart: chart.get_attribute("data-drawn") == "yes")
     assert EVIL_TOO in browser.find_element(By.ID, "cost").text
     points = "return document.querySelectorAll('#tradeoff .scatterlayer .point').length"
-    assert browser.execute_script(points) == 1
+    assert browser.execute_script(points) == 1  # the row without ASR is no point
     _show(browser, browser.find_element(By.ID, "clear")).click()
     _show(browser, browser.find_element(By.ID, "tradeoff"))
     wait.until(lambda page: page.execute_script(points) == 331)
 
     _show(browser, browser.find_element(By.CSS_SELECTOR, "input[type=search]")).send_keys("imagenet_subset dbr")
-    wait.until(lambda page: shown.text == "11 of 331 rows")
+    wait.until(lambda page: shown.text == "11 of 332 rows")
     _show(browser, browser.find_element(By.CSS_SELECTOR, "#runs .seeds a")).click()
     wait.until(lambda page: "/runs/" in page.current_url)
     assert browser.find_element(By.TAG_NAME, "h1").text.endswith("against dbr")
@@ -367,6 +571,8 @@ def test_a_papers_table_in_the_browser(browser, thousand):
 
     for width, height in ((1280, 900), (390, 844)):
         _open(browser, thousand / "tables" / "trap_table1.html", width, height)
+        links = browser.find_elements(By.CSS_SELECTOR, "table.grid .runs")
+        assert [one.text for one in links[:1]] == ["seeds 0 1 2"]
         near, far = (browser.find_elements(By.CSS_SELECTOR, f"table .value.{name}") for name in ("near", "far"))
         assert near
         assert near[0].value_of_css_property("background-color") != far[0].value_of_css_property("background-color")

@@ -59,3 +59,21 @@ def test_undefended_attacks_stand_beside_the_printed_values(tmp_path, capsys):
 def test_changed_keys_of_nested_attacks_are_named_in_full():
     told = {"first": {"poison_rate": 0.1, "target_class": 0, "seed": 5}, "assignment": "each", "seed": 5}
     assert changed("multi_2trig_2target", {"attack": told}) == "first.poison_rate=0.1"
+
+
+def test_odd_results_of_others_end_nothing_and_break_no_row(tmp_path, capsys):
+    odd = RESULT | {"attack": "a|b<script>\x1b[31m" + 300 * "x", "metrics": RESULT["metrics"] | {"acc": "high"}}
+    for name in ("torn", "columns", "nul"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(odd))
+        (tmp_path / name / "config.yaml").write_text("attack: 5\ntrain: {augment: [1], epochs: x|y}\n")
+    (tmp_path / "torn" / "metrics.csv").write_text("stage,epoch,acc,asr,precision,recall,n_flagged\ndetection,3,,,hi")
+    (tmp_path / "columns" / "metrics.csv").write_text("stage,acc\ndetection,0.5\ntrain,0.5\n")
+    (tmp_path / "nul" / "metrics.csv").write_text("stage,epoch\ndetection," + 200_000 * "x")
+    assert main([str(tmp_path), "--epochs"]) == 0
+    told = capsys.readouterr()
+    assert f"| d | a\\|b\\<script\\> \\[31m{300 * 'x'} | trap | 0 | 72.00 / 99.00 | - | 0.10 |" in told.out
+    assert "\x1b" not in told.out
+    assert "| 3 | - | - | - | - | - | - |" in told.out
+    assert "nul/metrics.csv cannot be read: field larger than field limit" in told.err
+    assert main([str(tmp_path), "--attacks"]) == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from backdoor_bench import collect
 from backdoor_bench.reporting import compare
 from backdoor_bench.reporting.compare import Comparison, Row
 
@@ -33,7 +34,21 @@ LATEX = {
     "`": r"\textasciigrave{}",
     **{char: f"{{{char}}}" for char in "[]*"},  # behind the end of a row they would be its options
     "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "–": "--",
+    "—": "---",
 }
+# The letters beyond ASCII that the font encoding of every LaTeX has: others would stop it.
+T1 = (
+    "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖØÙÚÛÜÝÞßàáâãäåæçèéêëìíîïðñòóôõöøùúûüýþÿ"
+    "ĂăĄąĆćČčĎďĐđĘęĚěĞğİıĹĺĽľŁłŃńŇňŊŋŐőŒœŔŕŘřŚśŞşŠšŢţŤťŮůŰűŸŹźŻżŽž"
+)
+RECORD = (
+    *("paper", "table", "dataset", "model", "attack", "defense", "poison_rate", "metric", "value", "unit", "notes"),
+    *("mean", "std", "low", "high", "n", "difference", "within", "status"),
+    *("dataset_ours", "model_ours", "budget", "settings", "seeds"),
+)  # the columns of ``records``
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class Section:
 def sections(comparison: Comparison, measured_only: bool = False) -> list[Section]:
     """The rows by data set and model, in order; columns that would be empty in all of them are left out."""
     kept = [row for row in comparison.rows if row.ours is not None or not measured_only]
-    rates = {row.rate for row in kept if row.rate and float(row.rate) > 0}
+    rates = {row.rate for row in comparison.rows if row.rate and float(row.rate) > 0}
     columns: dict[str, Callable[[Row], str]] = {
         "attack": lambda row: row.attack,
         "defence": lambda row: row.defense,
@@ -119,14 +134,20 @@ def interval(row: Row) -> str:
 def legend(comparison: Comparison) -> list[str]:
     """What the table holds, as sentences: counts, how it is read, notes on single rows."""
     counts = [f"{n} {what}" for status, what in COUNTED if (n := comparison.count(status))]
-    lines = [f"{len(comparison.rows)} rows: {', '.join(counts)}; {comparison.outside} marked."]
+    marked = "" if comparison.reduced else f"; {comparison.outside} marked"
+    lines = [f"{len(comparison.rows)} rows: {', '.join(counts)}{marked}."]
     if comparison.count(compare.MEASURED):
         lines.append(
             "ours: mean ± sample standard deviation over n seeds; the interval is Student's for the mean, n - 1 degrees of "
             "freedom."
         )
     if any(row.difference is not None for row in comparison.rows):
-        lines.append(f"difference: ours - paper; ! marks where {comparison.tolerance.text()}.")
+        lines.append(
+            f"difference: ours - paper; at the reduced budget {comparison.budget}, which cannot reach the paper's numbers, "
+            "nothing is marked."
+            if comparison.reduced
+            else f"difference: ours - paper; ! marks where {comparison.tolerance.text()}."
+        )
     for row in comparison.rows:
         if row.note and row.ours is not None:
             lines.append(
@@ -222,24 +243,29 @@ def csv_text(comparison: Comparison) -> str:
 
     text = io.StringIO(newline="")
     rows = records(comparison)
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, RECORD, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: "" if value is None else csv_safe(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+    return collect.utf8(text.getvalue())
 
 
 def _plain(text: str) -> str:
     """One line: control characters and runs of blanks become a blank."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+    return collect.utf8(re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip())
+
+
+def plain_markdown(text: str) -> str:
+    """Any text as one line of plain text inside a Markdown table."""
+    return _markdown(_plain(text))
 
 
 def _markdown(text: str) -> str:
-    text = re.sub(r"([\\`*\[\]|<>&])", r"\\\1", text)
+    text = re.sub(r"([\\`*\[\]|<>&$~])", r"\\\1", text)
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(char, char) for char in text)
+    return "".join(LATEX.get(char) or (char if char.isascii() or char in T1 else "?") for char in text)
 
 
 def _minus(text: str) -> str:

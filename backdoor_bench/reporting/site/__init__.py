@@ -7,24 +7,22 @@ everything is escaped.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from backdoor_bench import collect, experiments
+from backdoor_bench import collect, experiments, launch
 from backdoor_bench.collect import Run
-from backdoor_bench.errors import BenchError, ConfigError, DiskError
+from backdoor_bench.errors import ConfigError, DiskError
 from backdoor_bench.reporting import compare, tables
 from backdoor_bench.reporting.compare import Comparison, Row, Tolerance, stat
 
@@ -34,12 +32,19 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 MARKER = "report.json"  # in a folder that this module made and may replace
 KEPT = "tracking"  # W&B's files in such a folder, which are not ours to drop
+# All that this module writes into it: a folder with anything else is not replaced.
+WRITTEN = re.compile(
+    r"index\.html|runs\.csv|report\.json|assets/(site\.css|site\.js|plotly\.js|datatables\.css|datatables\.js)"
+    r"|tables/[\w-]+\.(html|md|tex|csv)|runs/[\w.-]+\.html|figures/[\w.-]+/[^/]+\.png",
+    re.ASCII,
+)
 FIGURES = ("copy", "link", "none")
 SHARES = (
     ("acc", "ACC"), ("acc_nontarget", "ACC without the target class"), ("target_class_acc", "ACC of the target class"),
     ("asr", "ASR"), ("asr_floor", "ASR of a model without the trigger"), ("dummy_clean", "clean inputs to the dummy class"),
     ("dummy_triggered", "triggered inputs to the dummy class"),
 )  # fmt: skip
+OTHER_THAN_TEXT = r"(?i)true|false|null|nan|inf|[\d_.]+(e[+-]?\d+)?"  # a text that an override would not take as one
 ISOLATION = ("precision", "recall", "f1", "fpr", "auroc", "clean_precision", "precision_with_cover", "cover_flagged")
 FILTERS = ("dataset", "model", "attack", "defense", "paper", "budget", "device")
 
@@ -65,25 +70,35 @@ class Options:
 def build(conf: Path, roots: Sequence[Path], out: Path, options: Options) -> int:
     """Make the site of all runs below ``roots`` in the folder ``out``; returns how many runs it shows.
 
-    ``out`` appears when all of it is written, and replaces an earlier report there. Raises ConfigError if it holds
-    anything else, if there is no run or if a package is missing; DiskError if it cannot be written.
+    ``out`` appears when all of it is written, and replaces an earlier report there. Notes on what was read go to standard
+    error and onto the first page. Raises ConfigError if ``out`` holds anything else or a root, if there is no run or if a
+    package is missing; DiskError if it cannot be written.
     """
-    _check_replaceable(out)
+    try:
+        _clean_up(out)
+    except OSError as error:
+        raise DiskError(f"cannot clear up beside {out}: {error}; give another --out") from error
+    _check_replaceable(out, roots)
     libraries = _libraries()
     told: list[str] = []
-    runs = collect.read(roots, told.append)
+
+    def tell(line: str) -> None:
+        told.append(line)
+        collect.to_stderr(line)
+
+    runs = collect.read(roots, tell)
     if not runs:
-        raise ConfigError(f"no finished run below {', '.join(map(str, roots))}: there is nothing to show")
-    cells = collect.newest(runs, told.append)
+        notes = f" ({'; '.join(told[:3])}{'; ...' if len(told) > 3 else ''})" if told else ""
+        raise ConfigError(f"no finished run below {', '.join(map(str, roots))}: there is nothing to show{notes}")
+    cells = collect.newest(runs, tell)
     pages = {run.folder: Page(run, name) for run, name in zip(runs, _page_names(runs), strict=True)}
     comparisons = measured_tables(conf, cells, options)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = _beside(out, "tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, text in libraries.items():
             _write(temporary / "assets" / name, text)
-        _write_pages(conf, temporary, out, cells, pages, comparisons, told, options)
+        _write_pages(conf, temporary, out, cells, pages, comparisons, tell, told, options)
         record = {"schema": 1, "runs": len(runs), "tables": [name for name, _ in comparisons]}
         _write(temporary / MARKER, json.dumps(record) + "\n")
         _replace(temporary, out)
@@ -96,31 +111,40 @@ def build(conf: Path, roots: Sequence[Path], out: Path, options: Options) -> int
 
 def measured_tables(conf: Path, cells: compare.Cells, options: Options) -> list[tuple[str, Comparison]]:
     """(page name, comparison) of each table and figure with a run, once for each budget of the runs, and for each of
-    their data sets and models that no paper has."""
-    rows = [row for table in experiments.tables() for row in experiments.printed(table)]
-    printed = {"dataset": {row.dataset for row in rows}, "model": {row.model for row in rows}}
+    their data sets and models that the experiment does not have itself (at that budget)."""
+    # Names of a run need not exist here: its folder may come from elsewhere.
+    known = {group: _stems(conf / group) for group in ("dataset", "model", "budget")}
     found = []
     for name in sorted(experiments.names(conf), key=_natural):
         experiment = experiments.load(conf, name)
-        papers = [cell for cell in cells if cell[4] == experiment.paper]
+        papers = [cell for cell in cells if cell[4] == experiment.paper and cell[5] in {None, *known["budget"]}]
         for budget in sorted({cell[5] for cell in papers}, key=lambda budget: (budget is not None, budget or "")):
-            chosen_by_budget = set(experiments.budget_groups(conf, budget).values())
-            here = [cell for cell in papers if cell[5] == budget]
-            others = {
-                group: [None, *sorted({cell[place] for cell in here} - printed[group] - chosen_by_budget)]
-                for place, group in enumerate(("dataset", "model"))
+            jobs = experiments.jobs(conf, experiment, fixed=experiments.budget_groups(conf, budget))
+            own = {group: {job.groups.get(group) for job in jobs} for group in ("dataset", "model")}
+            # What stands for the table's own is None; what a job leaves to the configuration is its own as well.
+            pairs = {
+                tuple(
+                    None if None in own[group] or value in own[group] else value
+                    for group, value in (("dataset", cell[0]), ("model", cell[1]))
+                )
+                for cell in papers
+                if cell[5] == budget
             }
-            for names in itertools.product(*others.values()):
-                chosen = {group: [value] for group, value in zip(others, names, strict=True) if value}
-                # Names of a run need not exist here: its folder may come from elsewhere.
-                with contextlib.suppress(BenchError):
-                    made = compare.compare(
-                        conf, experiment, cells, budget=budget, chosen=chosen, settings=options.settings,
-                        tolerance=options.tolerance,
-                    )  # fmt: skip
-                    if made.count(compare.MEASURED):
-                        found.append((_slug("-".join(filter(None, (name, budget, *names)))), made))
+            for pair in sorted(pairs, key=lambda pair: [value or "" for value in pair]):
+                chosen = {group: [value] for group, value in zip(own, pair, strict=True) if value}
+                if any(value not in known[group] for group, (value,) in chosen.items()):
+                    continue
+                made = compare.compare(
+                    conf, experiment, cells, budget=budget, chosen=chosen, settings=options.settings,
+                    tolerance=options.tolerance,
+                )  # fmt: skip
+                if made.count(compare.MEASURED):
+                    found.append((_slug("-".join(filter(None, (name, budget, *pair)))), made))
     return found
+
+
+def _stems(folder: Path) -> set[str]:
+    return {file.stem for file in folder.glob("*.yaml")}
 
 
 def command(run: Run, conf: Path) -> str | None:
@@ -128,19 +152,27 @@ def command(run: Run, conf: Path) -> str | None:
     if run.settings is None:
         return None
     groups = {name: getattr(run, name) for name in ("paper", *experiments.COORDINATES, "budget")}
-    words = [f"{name}={value}" for name, value in groups.items() if value is not None]
+    words = [_override(name, value) for name, value in groups.items() if value is not None]
     words += [*run.settings, f"seed={run.seed}"]
     evaluation, dataset = run.config("evaluation"), run.config("dataset")
     if isinstance(evaluation, Mapping) and evaluation.get("floor", "never") != "never":
-        words.append(f"evaluation.floor={evaluation['floor']}")
+        words.append(_override("evaluation.floor", evaluation["floor"]))
     if isinstance(dataset, Mapping) and dataset.get("root"):
-        words.append(f"dataset.root={dataset['root']}")
+        words.append(_override("dataset.root", dataset["root"]))
     usual = collect.yaml_file(conf / "hardware" / "auto.yaml") or {}
     hardware = run.config("hardware")
     for key, value in (hardware if isinstance(hardware, Mapping) else {}).items():
         if not key.startswith("_") and usual.get(key) != value:
-            words.append(f"hardware.{key}={str(value).lower() if isinstance(value, bool) else value}")
+            words.append(_override(f"hardware.{key}", value))
     return shlex.join(["python", "run.py", *words])
+
+
+def _override(key: str, value: Any) -> str:
+    """``KEY=VALUE`` as Hydra reads it back: quoted where the text has characters or a meaning of its own there."""
+    if isinstance(value, str):
+        word = re.fullmatch(r"[\w/][\w/.:+-]*", value, re.ASCII) and not re.fullmatch(OTHER_THAN_TEXT, value)
+        return f"{key}={value if word else launch.quoted(value)}"
+    return f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
 
 
 # ---------------------------------------------------------------------- what the pages show
@@ -162,7 +194,8 @@ def leaderboard(cells: compare.Cells, pages: Mapping[Path, Page]) -> list[dict[s
         rows.append(
             {
                 **{name: getattr(first, name) or "" for name in FILTERS if name != "device"},
-                "device": str(first.part("environment").get("device") or ""),
+                "device": sorted({str(run.part("environment").get("device") or "") for run in runs}),
+                "data": (first.data or "")[:8],
                 "settings": f"not recorded: {first.result.get('variant')}"
                 if first.settings is None
                 else " ".join(first.settings),
@@ -231,6 +264,20 @@ def shade(row: Row, tolerance: Tolerance) -> str:
     return "near" if row.within else "far" if abs(row.difference) > 3 * limit and not tolerance.interval else "off"
 
 
+def links(cell: Sequence[Row], pages: Mapping[Path, str]) -> list[tuple[str, str]]:
+    """(seed, name of the page) of the runs behind a cell's numbers, each once; with the attack where they are several."""
+    runs = {run.folder: run for row in cell for run in row.runs if run.folder in pages}
+    several = len({run.attack for run in runs.values()}) > 1
+    return [(f"{run.attack} {run.seed}" if several else str(run.seed), pages[folder]) for folder, run in runs.items()]
+
+
+def files_missing(comparison: Comparison) -> list[str]:
+    """What ``reasons`` shortens to "no file yet", as a line for below the table: a title is not for fingers or the ear."""
+    notes = [row.note.partition("no file: ")[2] for row in comparison.rows]
+    words = dict.fromkeys(word for note in notes if note for word in note.split(", "))
+    return [f"no file yet for {', '.join(words)}."] if words else []
+
+
 def reasons(cell: Sequence[Row]) -> list[tuple[str, str]]:
     """(a word or two, the whole reason) for the numbers of a cell that were not measured, each once."""
     short = {compare.NOT_RUN: "not run", compare.MISSING: "no file yet"}
@@ -248,13 +295,14 @@ def _write_pages(
     cells: compare.Cells,
     pages: Mapping[Path, Page],
     comparisons: Sequence[tuple[str, Comparison]],
+    tell: collect.Warn,
     told: Sequence[str],
     options: Options,
 ) -> None:
     site = _environment()
     runs = [page.run for page in pages.values()]
     rows = leaderboard(cells, pages)
-    choices = {name: sorted({row[name] for row in rows if row[name]}, key=_natural) for name in FILTERS}
+    choices = {name: sorted({value for row in rows for value in _values(row[name])}, key=_natural) for name in FILTERS}
     listed = [
         {
             "name": name,
@@ -265,12 +313,11 @@ def _write_pages(
         for name, made in comparisons
     ]
     collect.write(collect.frame(runs), folder / "runs.csv")
-    index = {"rows": rows, "choices": choices, "charts": chart_rows(rows), "tables": listed, "told": told, "runs": runs}
-    _write(folder / "index.html", site.get_template("index.html").render(root="", **index))
     page = site.get_template("table.html")
+    names = {folder_: page_.name for folder_, page_ in pages.items()}
     for name, made in comparisons:
-        names = {folder_: page_.name for folder_, page_ in pages.items()}
-        text = page.render(root="../", name=name, made=made, grids=grids(made), legend=tables.legend(made), pages=names)
+        legend = [*tables.legend(made), *files_missing(made)]
+        text = page.render(root="../", name=name, made=made, grids=grids(made), legend=legend, pages=names)
         _write(folder / "tables" / f"{name}.html", text)
         _write(folder / "tables" / f"{name}.md", tables.markdown(made))
         _write(folder / "tables" / f"{name}.tex", tables.latex(made))
@@ -280,15 +327,23 @@ def _write_pages(
         seeds = [(run.seed, pages[run.folder].name) for run in cells[one.run.cell].values()]
         text = page.render(
             root="../", run=one.run, name=one.name, seeds=seeds, command=command(one.run, conf), shares=SHARES,
-            isolation=ISOLATION, figures=_figures(one, folder, out, options.figures), config=one.run.config_text,
+            isolation=ISOLATION, figures=_figures(one, folder, out, options.figures, tell), config=one.run.config_text,
         )  # fmt: skip
         _write(folder / "runs" / f"{one.name}.html", text)
+    # The last one, because it has all notes.
+    index = {"rows": rows, "choices": choices, "charts": chart_rows(rows), "tables": listed, "told": told, "runs": runs}
+    _write(folder / "index.html", site.get_template("index.html").render(root="", **index))
 
 
-def _figures(page: Page, folder: Path, out: Path, how: str) -> list[tuple[str, str]]:
-    """(caption, address relative to the run's page) of a run's pictures; links that leave its folder are not followed."""
+def _values(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _figures(page: Page, folder: Path, out: Path, how: str, tell: collect.Warn) -> list[tuple[str, str]]:
+    """(caption, address relative to the run's page) of a run's pictures; links that leave its folder are not followed, and
+    ``tell`` is told of pictures that cannot be read."""
     place = page.run.folder / "figures"
-    if how == "none" or not place.is_dir():
+    if how == "none" or not place.is_dir() or collect.inside(place, page.run.folder) is None:
         return []
     found = []
     for file in sorted(place.glob("*.png"), key=lambda file: (not file.name.startswith("poisoned"), file.name)):
@@ -302,9 +357,14 @@ def _figures(page: Page, folder: Path, out: Path, how: str) -> list[tuple[str, s
             try:
                 os.link(file, target)
             except OSError:
-                shutil.copyfile(file, target)
+                try:
+                    picture = file.read_bytes()
+                except OSError as error:
+                    tell(f"{file} is left out: {error.strerror}")
+                    continue
+                target.write_bytes(picture)
             address = f"../figures/{page.name}/{file.name}"
-        found.append((file.stem.replace("_", " "), quote(address)))
+        found.append((file.stem.replace("_", " "), quote(os.fsencode(address))))
     return found
 
 
@@ -342,6 +402,7 @@ def _environment() -> Environment:
     site.globals |= {
         "shade": shade,
         "reasons": reasons,
+        "links": links,
         "filters": FILTERS,
         "labels": tables.LABELS,
         "compare": compare,
@@ -388,19 +449,98 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="replace")
 
 
-def _check_replaceable(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise ConfigError(f"--out {out} holds something else than a report: choose a new or an empty folder")
+def _check_replaceable(out: Path, roots: Sequence[Path] = ()) -> None:
+    """Raises ConfigError unless ``out`` is new, empty or a report of this module with nothing else in it."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: choose a new or an empty folder")
+    for root in roots:
+        if root.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"--out {out} holds {root}, whose runs are to be shown: choose another folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        record = json.loads((out / MARKER).read_text(encoding="utf-8"))
+        ours = record["schema"] == 1 and isinstance(record["tables"], list)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        ours = False
+    foreign = next(_not_ours(out), None) if ours else None
+    if not ours or foreign is not None:
+        what = "something else than a report" if foreign is None else f"{foreign}, which is no part of a report,"
+        raise ConfigError(f"--out {out} holds {what} and would be replaced: choose a new or an empty folder")
+
+
+def _not_ours(out: Path) -> Iterator[str]:
+    """What lies in a report and was not written by this module; W&B's files are known."""
+    for top, folders, files in os.walk(out):
+        inner = Path(top).relative_to(out)
+        if inner == Path():
+            folders[:] = [name for name in folders if name != KEPT]
+        for name in files:
+            if not WRITTEN.fullmatch((inner / name).as_posix()):
+                yield str(inner / name)
+        for name in folders:
+            path = inner / name
+            ours = (path.parts[0] == "figures" and len(path.parts) <= 2) or path.as_posix() in (
+                "assets",
+                "tables",
+                "runs",
+            )
+            if not ours or (out / path).is_symlink():
+                yield str(path)
+
+
+def _beside(out: Path, what: str) -> Path:
+    """This process's folder for the report while it is made (tmp) or replaced (old)."""
+    return out.with_name(f".{out.name}.{os.getpid()}.{what}")
 
 
 def _replace(made: Path, out: Path) -> None:
-    """Give the finished folder its name; what W&B left in the old one goes along."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    """Give the finished folder its name; what W&B left in the old one goes along. ``_clean_up`` ends what a kill in here
+    leaves half done."""
+    old = _beside(out, "old")
     if out.exists():
         out.rename(old)
-        if (old / KEPT).is_dir():
-            (old / KEPT).rename(made / KEPT)
-    made.rename(out)
+    try:
+        made.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    _drop(old, out)
+
+
+def _drop(old: Path, out: Path) -> None:
+    """Remove a replaced report when W&B's files have moved on."""
+    if (old / KEPT).is_dir() and not (out / KEPT).exists():
+        (old / KEPT).rename(out / KEPT)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean_up(out: Path) -> None:
+    """Finish what killed builds of ``out`` left: its old report comes back if there is no new one, the rest goes."""
+    if not out.parent.is_dir():
+        return
+    form = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(tmp|old)")
+    left = [(path, match) for path in out.parent.iterdir() if (match := form.fullmatch(path.name))]
+    for path, match in left:
+        if _alive(int(match[1])):
+            continue
+        if match[2] == "tmp":
+            shutil.rmtree(path, ignore_errors=True)
+        elif not out.exists():
+            path.rename(out)
+        else:
+            _drop(path, out)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process of this number runs."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -124,13 +124,16 @@ const watcher = new IntersectionObserver((entries) => {
 
 async function start() {
   const { default: DataTable } = await import(window.dataTablesModule);
+  // Numbers of which some are not there: those come last in either order.
+  const last = (order) => (a, b) => (a === null ? (b === null ? 0 : 1) : b === null ? -1 : order * (a - b));
+  DataTable.type("measured", { order: { pre: (text) => (text === "" ? null : Number(text)), asc: last(1), desc: last(-1) } });
   const selects = [...document.querySelectorAll("select[data-filter]")];
   const table = new DataTable("#runs", {
-    order: [[4, "desc"]], pageLength: 25, lengthMenu: [25, 100, { label: "all", value: -1 }], autoWidth: false,
+    order: [[4, "desc"]], columnDefs: [{ type: "measured", targets: [4, 5, 6, 7, 8, 9, 10] }], pageLength: 25, lengthMenu: [25, 100, { label: "all", value: -1 }], autoWidth: false,
     language: { search: "search", lengthMenu: "_MENU_ rows a page", zeroRecords: "no row is left: clear a filter" },
   });
   table.search.fixed("filters", (text, data, index) =>
-    selects.every((select) => !select.value || rows[index][select.dataset.filter] === select.value));
+    selects.every((select) => !select.value || [].concat(rows[index][select.dataset.filter]).includes(select.value.slice(1))));
   const update = () => {
     left = table.rows({ search: "applied" }).indexes().toArray().sort((a, b) => a - b);
     document.getElementById("shown").textContent = `${left.length} of ${rows.length} rows`;
