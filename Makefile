@@ -34,6 +34,7 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-launchers.lock
 	$(BIN)/python -m pytest -m "slow" -s
 
 lint: venv

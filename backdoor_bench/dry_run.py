@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 TRAINING = "train"  # the stage of the victim, in seconds of result.json
 _VICTIM = ("dataset", "model", "attack")
+_HARDWARE = ("device", "threads", "precision")  # what a result says of it; a victim is that of its hardware
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def history(root: Path) -> list[Past]:
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             seconds = {str(name): float(value) for name, value in result["seconds"].items()}
-            victim = _victim(result, result["paper"], result["budget"], result["seed"], result.get("settings", []))
+            hardware = result.get("environment", {})
+            settings = result.get("settings", [])
+            victim = _victim(result, result["paper"], result["budget"], result["seed"], settings, hardware)
             names = {name: str(result[name]) for name in ("dataset", "model", "defense")}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
@@ -74,9 +79,12 @@ def history(root: Path) -> list[Past]:
     return found
 
 
-def _victim(names: Any, paper: Any, budget: Any, seed: Any, settings: Iterable[str]) -> tuple[Any, ...]:
+def _victim(
+    names: Any, paper: Any, budget: Any, seed: Any, settings: Iterable[str], hardware: Mapping[str, Any]
+) -> tuple[Any, ...]:
     rest = sorted(word for word in settings if not word.lstrip("+~").startswith(("defense.", "defense/")))
-    return (*(names[name] for name in _VICTIM), paper, budget, seed, *rest)
+    place = (hardware.get(name) for name in _HARDWARE)
+    return (*(names[name] for name in _VICTIM), paper, budget, seed, *rest, *place)
 
 
 def estimate(past: Sequence[Past], plan: Plan) -> Estimate:
@@ -109,7 +117,8 @@ def lines(conf: Path, sweep: Sweep, past: Sequence[Past]) -> Iterator[Line]:
             continue
         assert seen.plan is not None
         plan = seen.plan
-        victim = _victim(plan.names, plan.config["paper"], plan.config["budget"], plan.seed, plan.settings)
+        config, hardware = plan.config, plan.hardware.describe()
+        victim = _victim(plan.names, config["paper"], config["budget"], plan.seed, plan.settings, hardware)
         if seen.result is not None:
             victims.setdefault(victim, "")
             yield Line(job, sweeps.DONE, str(seen.result.parent))
@@ -133,15 +142,19 @@ def _bytes_a_run(root: Path, runs: int) -> float | None:
     if not runs:
         return None
     size = 0
-    for folder in root.iterdir():
-        if folder.is_dir() and folder.name != "sweeps":
-            size += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    for folder, below, files in os.walk(root):
+        if Path(folder) == root:
+            below[:] = [name for name in below if name != "sweeps"]
+            continue
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # a run beside us tidies up
+                size += Path(folder, name).lstat().st_size
     return size / runs
 
 
 def print_plan(conf: Path, sweep: Sweep, options: Options) -> None:
     """Print the list of jobs and what they would take."""
-    from backdoor_bench.progress import duration, printable
+    from backdoor_bench.progress import duration, printable, tell
 
     # Composing makes a great many objects, and looking through torch's with them takes a tenth of the time.
     gc.freeze()
@@ -150,31 +163,31 @@ def print_plan(conf: Path, sweep: Sweep, options: Options) -> None:
     jobs = []
     labels = sweep.labels()
     encoding = sys.stdout.encoding or "utf-8"
-    print(f"sweep {sweep.name}: {len(sweep.jobs)} jobs, results below {root}")
+    tell(f"sweep {sweep.name}: {len(sweep.jobs)} jobs, results below {root}")
     for line in lines(conf, sweep, past):
         jobs.append(line)
         took = f"about {duration(line.seconds)}" if line.seconds is not None else "?" if line.state == "to do" else ""
         text = f"  {line.state:<8}  {took:<18}{labels[line.job.id]}" + (f"  [{line.note}]" if line.note else "")
-        print(printable(text, encoding), flush=True)
+        tell(printable(text, encoding))
     todo = [line for line in jobs if line.state == "to do"]
     counts = [(state, sum(line.state == state for line in jobs)) for state in ("done", "to do", "refused", "missing")]
-    print(", ".join(f"{number} {state}" for state, number in counts if number))
+    tell(", ".join(f"{number} {state}" for state, number in counts if number))
     known = [line.seconds for line in todo if line.seconds is not None]
     if known:
         # The others are taken to be like those that are known.
         total = sum(known) / len(known) * len(todo) / options.jobs
         unsure = f"; {len(todo) - len(known)} of them are like no run so far" if len(known) < len(todo) else ""
-        print(f"time: about {duration(total)} with sweep.jobs={options.jobs}{unsure}")
+        tell(f"time: about {duration(total)} with sweep.jobs={options.jobs}{unsure}")
     elif todo:
-        print("time: unknown, nothing like these jobs has run below this output_root")
+        tell("time: unknown, nothing like these jobs has run below this output_root")
     place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     each = _bytes_a_run(root, len(past)) if todo else None
     if each is not None:
-        print(f"disk: about {_size(each * len(todo))}, free {_size(free)}")
+        tell(f"disk: about {_size(each * len(todo))}, free {_size(free)}")
     else:
-        print(f"disk: free {_size(free)}")
-    print("nothing was started (sweep.dry_run=true)")
+        tell(f"disk: free {_size(free)}")
+    tell("nothing was started (sweep.dry_run=true)")
 
 
 def _size(number: float) -> str:

@@ -14,11 +14,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backdoor_bench.errors import BenchError, ConfigError, Interrupted, SweepFailed
+from backdoor_bench.progress import let_go, tell
+from backdoor_bench.sweep import Journal
 from backdoor_bench.targets import is_ours
 
 if TYPE_CHECKING:
@@ -58,8 +60,15 @@ def main(task: Task, conf: Path, argv: list[str]) -> int:
     from backdoor_bench.processes import watch_parent
 
     watch_parent()
+    try:
+        return _main(task, conf, argv)
+    finally:
+        let_go()
+
+
+def _main(task: Task, conf: Path, argv: list[str]) -> int:
     if any(word in ("--help", "-h") for word in argv):
-        print(help_text(conf))
+        tell(help_text(conf))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     show_trace, many = "--traceback" in argv, MANY in argv
@@ -84,8 +93,8 @@ def fail(message: str, code: int, show_trace: bool) -> int:
     if show_trace:
         import traceback
 
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+        tell(traceback.format_exc().rstrip(), sys.stderr)
+    tell(f"error: {message}", sys.stderr)
     return code
 
 
@@ -98,7 +107,9 @@ def _run(task: Task, conf: Path, argv: list[str], show_trace: bool, many: bool) 
     sweeps |= any(word.lstrip("+").startswith("experiment=") for word in words)
     if sweeps and not any(option in argv for option in SHOW_OPTIONS):
         return _sweep(task, conf, words, show_trace, many)
-    check_command(conf, words, many)
+    config = check_command(conf, words, many)
+    if config.sweep.dry_run and not any(option in argv for option in SHOW_OPTIONS):
+        return _sweep(task, conf, words, show_trace, many)
     # Raised when Hydra has returned: it prints "Error executing job" over whatever passes through it.
     failures: list[Exception] = []
 
@@ -113,7 +124,7 @@ def _run(task: Task, conf: Path, argv: list[str], show_trace: bool, many: bool) 
         except Exception as error:
             failures.append(error)
             return
-        print(f"result: {result}", flush=True)
+        tell(f"result: {result}")
 
     _start_hydra(conf, argv, job)
     if failures:
@@ -143,21 +154,27 @@ def _sweep(task: Task, conf: Path, words: list[str], show_trace: bool, many: boo
 
         print_plan(conf, sweep, options)
         return 0
-    sweep.begin(words)
     runner = InProcess(task, sweep.folder, show_trace)
-    places = [word for word in words if word.startswith("output_root=")]
-    own = [f"hydra.sweeper.file={quoted(str(sweep.folder / 'jobs.json'))}", f"sweep.name={sweep.name}"]
+    root = sweep.folder.parent.parent
+    own = {"hydra.sweeper.file": sweep.folder / "jobs.json", "output_root": root, "sweep.name": sweep.name}
+    outer = [*sweeps.outer_words(words), *(f"{key}={quoted(str(value))}" for key, value in own.items())]
     stopped: Interrupted | None = None
-    try:
-        _start_hydra(conf, ["--multirun", *sweeps.outer_words(words), *places, *own], runner)
-    except Interrupted as error:
-        stopped = error
-    summary = sweeps.Summary.of(sweep)
-    print(summary.text(time.perf_counter() - start), flush=True)
+    with sweep.held():
+        sweep.begin(words)
+        try:
+            _start_hydra(conf, ["--multirun", *outer], runner)
+        except Interrupted as error:
+            stopped = error
+        except KeyboardInterrupt:
+            stopped = Interrupted("stopped at once; run the same command again to go on")
+        summary = sweeps.Summary.of(sweep, runner.states)
+    tell(summary.text(time.perf_counter() - start))
     stopped = stopped or runner.stopped
+    failures = summary.failures(stopped=stopped is not None)
     if stopped is not None:
+        if failures:
+            fail(failures, stopped.exit_code, False)
         raise stopped
-    failures = summary.failures()
     if failures:
         raise SweepFailed(failures)
     return 0
@@ -167,13 +184,15 @@ def _sweep(task: Task, conf: Path, words: list[str], show_trace: bool, many: boo
 class InProcess:
     """What ``hydra/launcher=basic`` calls for each job of a sweep, all in this process.
 
-    folder: the sweep's; stopped: why no further job is to be started.
+    folder: the sweep's; stopped: why no further job is to be started; states: what this process knows of the jobs,
+    whichever launcher of ours runs them.
     """
 
     task: Task
     folder: Path
     trace: bool
     stopped: Interrupted | None = None
+    states: Journal = field(default_factory=Journal)
 
     def __call__(self, config: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -187,7 +206,7 @@ class InProcess:
         sweep, job = sweeps.Sweep(str(config.sweep.name), self.folder, ()), sweeps.SweepJob(words)
         start = time.perf_counter()
         status = sweeps.Status(sweeps.RUNNING, words, attempts=1)
-        status.write(sweep, job)
+        self.states.note(sweep, job, status, _to_stderr)
         try:
             refuse_foreign_targets(config)
             choices = dict(state.runtime.choices)
@@ -202,9 +221,13 @@ class InProcess:
                 exit_code=getattr(error, "exit_code", 1), reason=f"{type(error).__name__}: {_one_line(error)}",
             )  # fmt: skip
         else:
-            print(f"result: {result}", flush=True)
+            tell(f"result: {result}")
             status = sweeps.Status(sweeps.DONE, words, exit_code=0, result=str(result), attempts=1)
-        replace(status, seconds=time.perf_counter() - start).write(sweep, job)
+        self.states.note(sweep, job, replace(status, seconds=time.perf_counter() - start), _to_stderr)
+
+
+def _to_stderr(message: str) -> None:
+    tell(message, sys.stderr)
 
 
 def guarded(task: Task, config: DictConfig, overrides: list[str], sweep: str | None, choices: dict[str, Any]) -> Path:

@@ -22,8 +22,8 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from backdoor_bench import sweep as sweeps
-from backdoor_bench.errors import DiskError, Interrupted
-from backdoor_bench.sweep import Found, Options, Status, Sweep, SweepJob
+from backdoor_bench.errors import Interrupted
+from backdoor_bench.sweep import Found, Journal, Options, Status, Sweep, SweepJob
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,6 +32,7 @@ PIPE = "BACKDOOR_BENCH_SWEEP"  # environment of a child: "<file descriptor>:<sec
 GRACE = 60.0  # seconds a job has to write its checkpoint when it is asked to stop
 BEAT = 5.0  # seconds between two signs of life of a running job's status file
 _POLL = 0.1
+_IN_USE = " is in use by "  # of the message (results.RunFolder) with which a run refuses a folder that another one has
 _KNOWN_CODES = range(9)  # those of errors.py; whatever else a process ends with, it did not choose
 _TAIL = 20_000  # bytes of a log that are searched for the reason of a failure
 
@@ -81,12 +82,14 @@ class Quiet:
 
 @dataclass
 class _Waiting:
-    """A job whose turn has not come. not_before, busy_since: while another process holds its run folder."""
+    """A job whose turn has not come. not_before: when to look whether another process still holds the run folder, whose
+    lock ``held`` is; told: whether that was said."""
 
     job: SweepJob
     attempt: int = 1
     not_before: float = 0.0
-    busy_since: float | None = None
+    held: Path | None = None
+    told: bool = False
 
 
 @dataclass
@@ -109,7 +112,8 @@ class Pool:
 
     script: what a child runs, with the job's words. look: what is known of a job before it is started, None if nothing
     is to be looked at. gpus: what CUDA_VISIBLE_DEVICES may name, None to leave it alone. grace: seconds between the
-    request to stop and SIGKILL. signals: whether SIGINT and SIGTERM stop it; else they are left as they are.
+    request to stop and SIGKILL. signals: whether SIGINT and SIGTERM stop it; else they are left as they are. states:
+    filled with the status of each job.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class Pool:
         grace: float = GRACE,
         trace: bool = False,
         signals: bool = True,
+        states: Journal | None = None,
     ) -> None:
         self.sweep = sweep
         self.options = options
@@ -139,6 +144,8 @@ class Pool:
         self._waiting: list[_Waiting] = []
         self._running: list[_Child] = []
         self._requests: list[int] = []  # signals
+        self._ending = False  # by an exception
+        self._states = Journal() if states is None else states
 
     def run(self, jobs: Sequence[SweepJob]) -> None:
         """Raises Interrupted when a signal asked to stop; jobs that ran then have stopped, their status says so."""
@@ -146,14 +153,15 @@ class Pool:
         self._pipe = os.pipe()
         try:
             with self._signals():
-                while self._running or (self._waiting and not self._requests):
-                    self._reap()
-                    if not self._requests and len(self._running) < self.options.jobs and self._start_next():
-                        continue
-                    time.sleep(_POLL)
+                try:
+                    while self._running or (self._waiting and not self._requests):
+                        self._reap()
+                        if not self._requests and len(self._running) < self.options.jobs and self._start_next():
+                            continue
+                        time.sleep(_POLL)
+                finally:
+                    self._end_all()
         finally:
-            for child in self._running:  # only after a bug of ours
-                _kill_group(child.process)
             for descriptor in self._pipe:
                 os.close(descriptor)
         if self._requests:
@@ -177,6 +185,9 @@ class Pool:
 
     def _take(self, turn: _Waiting) -> None:
         job = turn.job
+        if turn.held is not None and is_held(turn.held):
+            self._put_off(turn, turn.held.parent)
+            return
         found = self._look(job) if self._look is not None else Found(None, None)
         if found.error is not None:
             code = getattr(found.error, "exit_code", 2 if found.composed is False else 1)
@@ -186,17 +197,22 @@ class Pool:
         if found.result is not None:
             self._finish(job, Status(sweeps.BEFORE, job.words, exit_code=0, result=str(found.result)))
             return
-        now = time.monotonic()
-        if found.plan is not None and _is_held(found.plan.run_dir / ".lock"):
-            # Most likely a job of this sweep that its killed parent left behind: it ends within its grace.
-            if turn.busy_since is None:
-                turn.busy_since = now
-                self._screen.say(f"another process still has {found.plan.run_dir}; waiting for it")
-            if now - turn.busy_since < self._grace + 10:
-                turn.not_before = now + 1
-                self._waiting.append(turn)
-                return
+        if found.plan is not None and is_held(found.plan.run_dir / ".lock"):
+            self._put_off(turn, found.plan.run_dir)
+            return
         self._spawn(turn, found.plan.run_dir / "result.json" if found.plan is not None else None)
+
+    def _put_off(self, turn: _Waiting, run_dir: Path) -> None:
+        """To the end of the line, for as long as another process has the run folder: a sweep of which this job is a part,
+        too, or a job that a killed sweep left behind, which ends within its grace."""
+        if not turn.told:
+            turn.told = True
+            self._screen.say(f"another process still has {run_dir}; waiting for it")
+        turn.held = run_dir / ".lock"
+        turn.not_before = time.monotonic() + 1
+        self._waiting.append(turn)
+        with contextlib.suppress(OSError):
+            os.utime(self.sweep.status_file(turn.job))
 
     def _spawn(self, turn: _Waiting, result: Path | None) -> None:
         if self._requests:
@@ -204,7 +220,7 @@ class Pool:
         job = turn.job
         log = self.sweep.log_file(job)
         gpu = self._free_gpu()
-        words = [*job.words, f"sweep.name={self.sweep.name}", *(["--traceback"] if self._trace else [])]
+        words = [*sweeps.composed_words(job.words, self.sweep.name), *(["--traceback"] if self._trace else [])]
         environment = {**os.environ, PIPE: f"{self._pipe[0]}:{self._grace}"}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -212,7 +228,7 @@ class Pool:
             environment.setdefault("OMP_NUM_THREADS", "1")
         status = Status(sweeps.RUNNING, job.words, attempts=turn.attempt, log=str(log))
         try:
-            self._write(job, status)
+            self._states.note(self.sweep, job, status, self._screen.say)
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 _head(file, words, turn.attempt)
@@ -222,9 +238,8 @@ class Pool:
                     env=environment, pass_fds=(self._pipe[0],), start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
-            self._finish(
-                job, replace(status, state=sweeps.FAILED, exit_code=6, reason=f"could not be started: {error}")
-            )
+            why = f"could not be started: {error}"
+            self._settle(turn, replace(status, state=sweeps.FAILED, exit_code=6, reason=why))
             return
         self._running.append(_Child(turn, process, log, result, gpu))
         self._screen.started(job, turn.attempt)
@@ -264,37 +279,55 @@ class Pool:
             log=str(child.log), result=str(child.result or _last(child.log, "result: ") or "") or None,
         )  # fmt: skip
         done = code == 0 and status.result is not None and Path(status.result).is_file()
-        if not done and self._requests and not child.timed_out:
+        in_use = "" if done or code != 2 else _last(child.log, "error: ") or ""
+        if _IN_USE in in_use:  # somebody was quicker
+            status = replace(status, state=sweeps.RUNNING, reason=in_use, result=None, exit_code=None, seconds=None)
+            self._finish(job, status, again=True)
+            self._put_off(turn, Path(in_use.partition(_IN_USE)[0]))
+            return
+        if not done and (self._requests or self._ending) and not child.timed_out:
             status = replace(status, state=sweeps.STOPPED, result=None)
         elif not done:
             state, why = _judge(code, child.log)
             if child.timed_out:
                 state, why = sweeps.TIMED_OUT, f"took longer than sweep.time_limit={self.options.time_limit:g} minutes"
             status = replace(status, state=state, reason=why, result=None)
-        if code < 0 or child.timed_out:
+        if code not in _KNOWN_CODES or child.timed_out:
             _kill_group(child.process)  # whatever it had started itself
+        self._settle(turn, status)
+
+    def _settle(self, turn: _Waiting, status: Status) -> None:
+        """The end of an attempt, or of the job."""
         # Another try cannot make a wrong configuration right.
-        again = status.state in sweeps.BAD and turn.attempt <= self.options.retry and code != 2 and not self._requests
-        self._finish(job, status, again)
+        again = status.state in sweeps.BAD and turn.attempt <= self.options.retry and status.exit_code != 2
+        again = again and not self._requests and not self._ending
+        self._finish(turn.job, status, again)
         if again:
-            self._waiting.append(_Waiting(job, turn.attempt + 1))
+            self._waiting.append(_Waiting(turn.job, turn.attempt + 1))
 
     def _finish(self, job: SweepJob, status: Status, again: bool = False) -> None:
-        self._write(job, status)
+        self._states.note(self.sweep, job, status, self._screen.say)
         self._screen.ended(job, status, again)
-
-    def _write(self, job: SweepJob, status: Status) -> None:
-        """A full disk ends no other job; one without a status counts as not finished."""
-        try:
-            status.write(self.sweep, job)
-        except DiskError as error:
-            self._screen.say(f"warning: {error}")
 
     # ------------------------------------------------------------------ stopping
 
     def _ask(self, child: _Child) -> None:
         child.end = time.monotonic() + self._grace
         child.process.terminate()
+
+    def _end_all(self) -> None:
+        """Ask what still runs to stop: only after an exception, as Ctrl-C is in a worker of another launcher."""
+        self._ending = True
+        try:
+            for child in self._running:
+                if child.end is None:
+                    self._ask(child)
+            while self._running:
+                self._reap()
+                time.sleep(_POLL)
+        finally:  # another exception
+            for child in self._running:
+                _kill_group(child.process)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -309,7 +342,8 @@ class Pool:
                     _kill_group(child.process)
             elif not self._requests:
                 for child in self._running:
-                    self._ask(child)
+                    if child.end is None:
+                        self._ask(child)
             self._requests.append(number)
 
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -326,7 +360,7 @@ def _head(file: IO[bytes], words: Sequence[str], attempt: int) -> None:
     file.flush()
 
 
-def _is_held(lock: Path) -> bool:
+def is_held(lock: Path) -> bool:
     """Whether another process holds a run folder's lock."""
     from filelock import FileLock, Timeout
 
@@ -387,13 +421,13 @@ def visible_gpus(options: Options) -> list[str] | None:
 
     if options.gpus is None and options.jobs == 1:
         return None
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        names = [name.strip() for name in given.split(",") if name.strip()]
-    else:
-        import torch
+    import torch
 
-        names = [str(number) for number in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()  # heeds the variable, and where in it the first wrong name stands
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(count)]
+    if given is not None:
+        names = [name.strip() for name in given.split(",")][:count]
     if options.gpus is None:
         return names if len(names) > 1 else None
     absent = [number for number in options.gpus if number >= len(names)]

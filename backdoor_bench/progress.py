@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -26,6 +29,41 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 def printable(text: str, encoding: str = "utf-8") -> str:
     """``text`` with control characters, and what ``encoding`` cannot express, shown as backslash escapes."""
     return text.translate(_CONTROL).encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextmanager
+def going_on(console: Console | None = None) -> Iterator[None]:
+    """What cannot be shown (its reader has gone, the disk under it is full) ends no work."""
+    try:
+        yield
+    except (OSError, SystemExit):  # rich exits when its pipe is closed; it writes to nowhere from then on
+        if console is not None:
+            with contextlib.suppress(OSError, SystemExit), console.capture():
+                pass  # forgets what it could not write, or it would try again with each line
+
+
+def tell(text: str, file: IO[str] | None = None) -> None:
+    """``print``, at once, to standard output by default; what cannot be shown is lost."""
+    with going_on():
+        print(text, file=file, flush=True)
+
+
+def print_line(console: Console, message: str, style: str | None = None) -> None:
+    """One line as it is: no markup, no wrapping, no commands to the terminal; lost where it cannot be shown."""
+    text = printable(message, console.encoding)
+    with going_on(console):
+        console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def let_go() -> None:
+    """At the end of a program: forget what standard output and error could not take. Python would turn the exit code
+    into 120 for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def duration(seconds: float) -> str:
@@ -81,7 +119,8 @@ class RichProgress:
             plain.print(renderable)
         text = capture.get().rstrip("\n")
         if self.console.is_terminal:
-            self.console.print(renderable)
+            with going_on(self.console):
+                self.console.print(renderable)
         else:
             self._print(text)
         self._log(text)
@@ -152,8 +191,7 @@ class RichProgress:
                 self._bars = None
 
     def _print(self, message: str, style: str | None = None) -> None:
-        text = printable(message, self.console.encoding)
-        self.console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        print_line(self.console, message, style)
 
     def _log(self, message: str) -> None:
         if self._log_path is None:

@@ -7,6 +7,7 @@ from the status files alone, so it does not matter who ran the jobs (hydra_plugi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,13 +15,13 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backdoor_bench import experiments
-from backdoor_bench.errors import BenchError, ConfigError, check_flag, check_range
+from backdoor_bench.errors import BenchError, ConfigError, DiskError, check_flag, check_range
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -91,6 +92,37 @@ class Sweep:
     def log_file(self, job: SweepJob) -> Path:
         return self.folder / "logs" / f"{job.id}.log"
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder for this process alone: its list and its statuses are those of one running sweep. Raises
+        ConfigError while another one has it."""
+        from filelock import FileLock, Timeout
+
+        from backdoor_bench.storage import remove_stale_temporaries, write_text
+
+        holder = self.folder / ".holder"
+        lock = FileLock(self.folder / ".lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = "another process"
+            with contextlib.suppress(OSError):
+                who = holder.read_text().strip()
+            raise ConfigError(
+                f"sweep.name={self.name} is not free: {who} runs a sweep in {self.folder}; wait for it, or set "
+                "sweep.name=OTHER to run this one beside it"
+            ) from None
+        except OSError as error:
+            raise DiskError(f"cannot write to {self.folder}: {error}; set another output_root") from error
+        try:
+            for folder in (self.folder, self.folder / "status"):
+                remove_stale_temporaries(folder)
+            write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+        finally:
+            lock.release()
+
     def begin(self, words: Sequence[str]) -> None:
         """Write the list of jobs, forget what an earlier sweep of them left, note the missing ones."""
         from backdoor_bench.storage import write_json
@@ -124,15 +156,24 @@ class Options:
     @classmethod
     def of(cls, config: DictConfig) -> Options:
         """Section ``sweep`` of a composed configuration. Raises ConfigError with key, value and allowed range."""
+        from omegaconf import OmegaConf
+
         section = config.sweep
         check_range("sweep.jobs", section.jobs, 1, 1024, integer=True)
         check_range("sweep.retry", section.retry, 0, 100, integer=True)
         check_range("sweep.time_limit", section.time_limit, 0, float("inf"))
         check_flag("sweep.dry_run", section.dry_run)
-        gpus = section.gpus if isinstance(section.gpus, str) else list(section.gpus or ())
-        if gpus != "auto" and not all(type(gpu) is int and gpu >= 0 for gpu in gpus):
+        gpus = list(section.gpus) if OmegaConf.is_list(section.gpus) else section.gpus
+        if gpus != "auto" and not (isinstance(gpus, list) and all(type(gpu) is int and gpu >= 0 for gpu in gpus)):
             raise ConfigError(f"sweep.gpus={gpus!r} is not allowed: it must be auto or a list of numbers, as in [0,1]")
-        numbers = None if gpus == "auto" else tuple(gpus)
+        if str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
+            for key in ("time_limit", "retry"):
+                if section[key]:
+                    raise ConfigError(
+                        f"sweep.{key}={section[key]} is not allowed with hydra/launcher=basic, which can neither end a job "
+                        "nor start it again: leave it out, or leave out hydra/launcher"
+                    )
+        numbers = tuple(gpus) if isinstance(gpus, list) else None
         return cls(section.jobs, numbers, float(section.time_limit), section.retry, section.dry_run)
 
 
@@ -149,7 +190,8 @@ def expand(conf: Path, words: Sequence[str], many: bool = False) -> tuple[Sweep,
     ids = [word.partition("=")[2] for axis in axes for word in axis if _key(word) == "experiment"]
     own = [axis for axis in axes if not _is_of_sweep(axis[0])]
     outer = [axis[0] for axis in axes if _is_of_sweep(axis[0])]
-    several = [axis for axis in axes if _is_of_sweep(axis[0]) and len(axis) > 1]
+    # Jobs that differ in nothing else would be one job, with one status and one log.
+    several = [axis for axis in axes if _elsewhere(axis[0]) and len(axis) > 1]
     if several:
         raise ConfigError(f"{_key(several[0][0])} belongs to the whole sweep and takes one value")
     launch.check_count([axis for axis in own if not ids or not _narrows(axis)], many)
@@ -296,7 +338,9 @@ def look(conf: Path, words: Sequence[str], sweep: str, config: DictConfig | None
 
 def composed_words(words: Sequence[str], sweep: str) -> list[str]:
     """What is composed for a job of the sweep of that name."""
-    return [*words, f"sweep.name={sweep}"]
+    from backdoor_bench.launch import quoted
+
+    return [*words, f"sweep.name={quoted(sweep)}"]
 
 
 def reason(error: Exception, conf: Path, words: Sequence[str]) -> str:
@@ -334,6 +378,22 @@ class Status:
         write_json(sweep.status_file(job), {**record, "time": time.time()})
 
 
+class Journal(dict[str, Status]):
+    """By its id, a job's latest status, for the process that runs the sweep: what cannot be written is not lost."""
+
+    told = False
+
+    def note(self, sweep: Sweep, job: SweepJob, status: Status, say: Callable[[str], None]) -> None:
+        """Keep it and write it; a full disk ends no other job, and is said once."""
+        self[job.id] = status
+        try:
+            status.write(sweep, job)
+        except DiskError as error:
+            if not self.told:
+                self.told = True
+                say(f"warning: {error}")
+
+
 def status(sweep: Sweep, job: SweepJob) -> Status | None:
     """The job's status as last written; None where there is none (it was not started), or a torn one."""
     try:
@@ -358,8 +418,10 @@ class Summary:
     states: tuple[Status | None, ...]
 
     @classmethod
-    def of(cls, sweep: Sweep) -> Summary:
-        return cls(sweep, tuple(status(sweep, job) for job in sweep.jobs))
+    def of(cls, sweep: Sweep, known: Mapping[str, Status] | None = None) -> Summary:
+        """known: statuses by id that are newer than what is written."""
+        known = known or {}
+        return cls(sweep, tuple(known.get(job.id) or status(sweep, job) for job in sweep.jobs))
 
     def count(self, *names: str) -> int:
         return sum(state is not None and state.state in names for state in self.states)
@@ -391,21 +453,29 @@ class Summary:
             lines.append(f"  missing, no file in conf/: {named}")
         return "\n".join(lines)
 
-    def failures(self) -> str:
-        """What failed and why, for SweepFailed; empty if nothing did."""
-        bad = [
-            (job, state)
-            for job, state in zip(self.sweep.jobs, self.states, strict=True)
-            if state and state.state in BAD
-        ]
-        if not bad:
-            return ""
+    def failures(self, stopped: bool = False) -> str:
+        """What failed and why, for SweepFailed; empty if nothing did. stopped: jobs that were not finished are no failures:
+        the sweep was asked to stop."""
         labels = self.sweep.labels()
-        lines = []
-        for job, state in bad:
-            what = "" if state.state == FAILED else f"{state.state}: "
-            log = f" (log: {state.log})" if state.log else ""
-            lines.append(f"  {labels[job.id]}\n    {what}{state.reason}{log}")
-        others = "the others finished" if not self.unfinished else f"{self.unfinished} were not finished"
-        total = len(self.states) - self.count(MISSING)
-        return f"{len(bad)} of {total} jobs failed, {others}:\n" + "\n".join(lines)
+        lines, bad = [], 0
+        for job, state in zip(self.sweep.jobs, self.states, strict=True):
+            if state is not None and state.state in BAD:
+                bad += 1
+                what = state.reason if state.state == FAILED else f"{state.state}: {state.reason}"
+            elif is_final(state) or stopped:
+                continue
+            else:
+                what = "not finished: " + ("it was not started" if state is None else "its end is not known")
+            log = f" (log: {state.log})" if state is not None and state.log else ""
+            lines.append(f"  {labels[job.id]}\n    {what}{log}")
+        if not lines:
+            return ""
+        total, unfinished = len(self.states) - self.count(MISSING), self.unfinished
+        parts = [f"{bad} of {total} jobs failed"] if bad else []
+        if unfinished:
+            parts.append(
+                f"{unfinished} were not finished" if bad else f"{unfinished} of {total} jobs were not finished"
+            )
+        if bad + unfinished < total:
+            parts.append("the others finished")
+        return ", ".join(parts) + ":\n" + "\n".join(lines)

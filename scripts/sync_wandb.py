@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from backdoor_bench.processes import is_held
+
 _FOLDER = re.compile(r"offline-run-(\d{8}_\d{6})-(\w+)")
 _AT_ONCE = 50  # folders in one call of wandb: command lines have a limit
 
@@ -53,8 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {absent[0]} is no folder; give the output_root of your runs", file=sys.stderr)
         return 2
     runs = list(offline_runs(options.folders))
-    waiting = [run for run in runs if not run.synced]
-    print(f"{len(runs)} offline runs, {len(runs) - len(waiting)} of them sent before, {len(waiting)} to send")
+    unsent = [run for run in runs if not run.synced]
+    # What a run that goes on has written so far would count as all of it.
+    going = {run.run_dir for run in unsent if is_held(run.run_dir / ".lock")}
+    waiting = [run for run in unsent if run.run_dir not in going]
+    print(f"{len(runs)} offline runs, {len(runs) - len(unsent)} of them sent before, {len(waiting)} to send")
+    for folder in sorted(going):
+        print(f"  left out, it is still running: {folder}")
     for run in waiting:
         print(f"  {run.started}  {run.id}  {run.run_dir}")
     if options.dry_run or not waiting:
@@ -63,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     for start in range(0, len(waiting), _AT_ONCE):
         folders = [str(run.folder) for run in waiting[start : start + _AT_ONCE]]
         failed += subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], check=False).returncode != 0
-    left = sum(not run.synced for run in offline_runs(options.folders))
+    left = sum(not run.synced and run.run_dir not in going for run in offline_runs(options.folders))
     if failed or left:
         print(
             f"error: {left} runs were not sent; check `wandb login` and the network, then run the same command again",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from io import StringIO
 from pathlib import Path
@@ -95,6 +96,22 @@ def test_a_log_that_cannot_be_written_warns_once(tmp_path: Path) -> None:
     assert len(progress.warnings) == 2
     assert "No such file" in progress.warnings[0]
     assert out.getvalue().splitlines()[-1] == "warning: three"
+
+
+def test_what_cannot_be_shown_ends_no_work(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        progress = RichProgress(tmp_path / "log.txt", Console(file=full))
+        progress.say("one")
+        progress.show("two")
+        progress.warn("three")
+        with progress.task("work", total=1) as advance:
+            advance()
+        module.tell("four", full)
+        assert progress.console._buffer == []
+        with pytest.raises(OSError, match="No space left"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
 
 
 def test_a_warning_is_kept_and_shown_once() -> None:

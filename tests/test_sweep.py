@@ -1,5 +1,6 @@
 """Sweeps: which jobs a command line means, what is skipped, and that no job takes the others along."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -17,8 +18,9 @@ import pytest
 
 from backdoor_bench import dry_run, experiments, launch, processes
 from backdoor_bench import sweep as sweeps
-from backdoor_bench.errors import ConfigError, Interrupted
+from backdoor_bench.errors import ConfigError, DataError, Interrupted
 from backdoor_bench.reporting.sweep_screen import SweepScreen
+from backdoor_bench.results import RunFolder
 from backdoor_bench.sweep import Found, Options, Status, Sweep, SweepJob
 from scripts import sync_wandb
 from tests.conftest import CONF, TOY
@@ -121,7 +123,7 @@ def test_the_name_is_that_of_what_is_computed():
     def name(*words):
         return sweeps.expand(CONF, ["attack=none", "seed=0,1", *words])[0].name
 
-    assert name() == name("sweep.retry=3", "hydra/launcher=basic")
+    assert name() == name("sweep.retry=3", "hydra.launcher.grace=5")
     assert name() != name("train.epochs=2")
     assert name("sweep.name=mine") == "mine"
 
@@ -140,6 +142,11 @@ def test_the_name_is_that_of_what_is_computed():
         (["sweep.dry_run=maybe"], "sweep.dry_run='maybe' is not allowed"),
         (["sweep.gpus=[a]"], "sweep.gpus=['a'] is not allowed: it must be auto or a list of numbers"),
         (["sweep.gpus=all"], "sweep.gpus='all' is not allowed"),
+        (["sweep.gpus=null"], "sweep.gpus=None is not allowed"),
+        (["sweep.gpus=1"], "sweep.gpus=1 is not allowed"),
+        (["hydra/launcher=basic", "sweep.retry=1"], "sweep.retry=1 is not allowed with hydra/launcher=basic"),
+        (["output_root=a,b"], "output_root belongs to the whole sweep and takes one value"),
+        (["resume.redo=true,false"], "resume.redo belongs to the whole sweep and takes one value"),
         (["sweep.jobs=1,2"], "sweep.jobs belongs to the whole sweep and takes one value"),
         (["experiment=mimi"], "experiment=mimi is unknown (did you mean mini?)"),
         (["experiment=mini", "attack=badnet"], "attack=badnet is unknown (did you mean badnets?)"),
@@ -181,6 +188,48 @@ def test_the_list_of_jobs_is_kept(tmp_path):
     assert sweeps.status(sweep, jobs[1]).state == sweeps.MISSING
 
 
+def test_a_sweep_has_its_folder_for_itself(tmp_path):
+    """Two of one name would run each other's jobs; what a killed one left half-written is removed."""
+    sweep = Sweep("s", tmp_path / "sweeps" / "s", (SweepJob(("seed=0",)),))
+    stale = sweep.folder / "status" / ".x.json.999999999.tmp"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    with sweep.held():
+        sweep.begin([])
+        assert not stale.exists()
+        with pytest.raises(ConfigError) as caught, sweep.held():
+            raise AssertionError("held twice")
+    assert f"sweep.name=s is not free: process {os.getpid()} on " in str(caught.value)
+    assert "set sweep.name=OTHER" in str(caught.value)
+    with sweep.held():
+        pass
+
+
+def test_what_cannot_be_written_is_still_known(tmp_path):
+    """A lost status file loses no failure, and a job without an end is one."""
+    jobs = tuple(SweepJob((f"seed={n}",)) for n in range(4))
+    sweep = Sweep("s", tmp_path / "sweeps" / "s", jobs)
+    (tmp_path / "sweeps").touch()  # nothing can be written below a file
+    said = []
+    journal = sweeps.Journal()
+    journal.note(sweep, jobs[0], Status(sweeps.DONE, jobs[0].words), said.append)
+    journal.note(sweep, jobs[1], Status(sweeps.FAILED, jobs[1].words, reason="no space"), said.append)
+    journal.note(sweep, jobs[2], Status(sweeps.RUNNING, jobs[2].words), said.append)
+    assert len(said) == 1
+    assert said[0].startswith("warning: could not write")
+    summary = sweeps.Summary.of(sweep, journal)
+    told = summary.failures()
+    assert told.startswith("1 of 4 jobs failed, 2 were not finished, the others finished:\n")
+    assert "seed=1\n    no space" in told
+    assert "seed=2\n    not finished: its end is not known" in told
+    assert "seed=3\n    not finished: it was not started" in told
+    assert "seed=3" not in summary.failures(stopped=True)
+    unknown = sweeps.Summary.of(sweep)
+    assert unknown.failures().startswith("4 of 4 jobs were not finished:\n")
+    one = Sweep("s", tmp_path / "none", jobs[1:2])
+    assert sweeps.Summary.of(one, journal).failures().startswith("1 of 1 jobs failed:\n")
+
+
 # ------------------------------------------------------------------ through Hydra, in this process
 
 
@@ -215,7 +264,7 @@ def test_an_experiment_needs_no_option_and_names_what_is_missing(go, tmp_path):
     folder = tmp_path / "outputs" / "sweeps" / "mini"
     states = sorted(json.loads(file.read_text())["state"] for file in (folder / "status").iterdir())
     assert states == ["done", "done", "done", "missing"]
-    assert not list(folder.rglob(".*"))
+    assert not list(folder.rglob(".*.tmp"))
 
 
 def test_an_experiment_of_which_nothing_is_there(go):
@@ -240,6 +289,41 @@ def test_showing_the_configuration_starts_nothing(go, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_sweep_whose_jobs_have_no_end_fails(go, monkeypatch):
+    monkeypatch.setattr(launch.InProcess, "__call__", lambda self, config: None)
+    assert go("-m", "attack=none", "seed=0") == 8
+    assert "1 of 1 jobs were not finished" in go.err
+
+
+def test_names_and_folders_are_taken_as_they_are(go, tmp_path, monkeypatch):
+    """All find the same folder, whatever the words look like."""
+    monkeypatch.chdir(tmp_path)
+    assert go("-m", "attack=none", "dataset=toy", "model=tiny", "++output_root='a,b 1'", "sweep.name='007,a=b'") == 0, (
+        go.err
+    )
+    assert [plan.tracking.group for plan in go.plans] == ["007,a=b"]
+    assert "1 done now" in go.out
+    (status,) = (tmp_path / "a,b 1" / "sweeps" / "007,a=b" / "status").iterdir()
+    assert json.loads(status.read_text())["state"] == "done"
+
+
+def test_a_stopped_sweep_says_what_failed_before(go):
+    def task(plan):
+        raise DataError("a file is broken") if plan.seed == 0 else Interrupted("stopped by SIGTERM")
+
+    go.task = task
+    assert go("-m", "attack=none", "dataset=toy", "model=tiny", "seed=0,1,2") == 7
+    assert "1 of 3 jobs failed, 2 were not finished:\n" in go.err
+    assert "DataError: a file is broken" in go.err
+    assert go.err.endswith("error: stopped by SIGTERM\n")
+
+
+def test_a_dry_run_of_one_job_starts_nothing(go):
+    assert go("attack=none", "dataset=toy", "model=tiny", "sweep.dry_run=true") == 0
+    assert go.plans == []
+    assert "nothing was started" in go.out
+
+
 def test_a_single_run_may_be_of_a_group(go):
     assert go("dataset=toy", "model=tiny", "sweep.name=mine", "attack=none") == 0
     assert go.plans[0].tracking.group == "mine"
@@ -260,7 +344,8 @@ def finished(root, **changes):
     """A result.json as a run leaves it."""
     value = {
         "dataset": "toy", "model": "tiny", "attack": "badnets", "defense": "no_defense", "paper": None, "budget": None,
-        "seed": 0, "settings": [], "seconds": {"total": 30.0, "train": 20.0}, **changes,
+        "seed": 0, "settings": [], "seconds": {"total": 30.0, "train": 20.0},
+        "environment": {"device": "cpu", "threads": 1, "precision": "fp32"}, **changes,
     }  # fmt: skip
     names = [str(value[name]) for name in ("dataset", "model", "attack", "defense")]
     folder = root.joinpath(*names, f"v{len(list(root.rglob('result.json')))}", "seed0")
@@ -300,7 +385,7 @@ def test_a_dry_run_lists_and_starts_nothing(tmp_path, conf, capsys):
     finished(root, attack="sig", defense="trap", seconds={"total": 52.0, "train": 22.0})
     (root / "cache" / "victim-0123").mkdir(parents=True)
     before = sorted(root.rglob("*"))
-    words = [f"output_root={root}", "experiment=mini", "sweep.dry_run=true", "sweep.jobs=2"]
+    words = [f"output_root={root}", "experiment=mini", "sweep.dry_run=true", "sweep.jobs=2", "hardware=cpu"]
 
     def task(plan):
         raise AssertionError("started")
@@ -372,6 +457,19 @@ match words["do"].split("-")[0]:
     case "config": print("error: a=1 is not allowed", file=sys.stderr); sys.exit(2)
     case "bug": raise ZeroDivisionError("a bug")
     case "second": finish() if calls == 2 else os._exit(9)
+    case "parent":
+        import subprocess
+        child = subprocess.Popen(["sleep", "600"])
+        (out / "child").write_text(str(child.pid))
+        os._exit(9)
+    case "busy":
+        if calls == 1:
+            print("error:", out, "is in use by process 1 on there; wait for it", file=sys.stderr); sys.exit(2)
+        finish()
+    case "long":
+        if (out / "checkpoint").exists(): finish(); sys.exit()
+        signal.signal(signal.SIGTERM, stop)
+        time.sleep(600)
     case "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)
     case "work":
         signal.signal(signal.SIGTERM, stop)
@@ -407,14 +505,14 @@ def pool(tmp_path):
         def __init__(self):
             self.notes = Notes()
 
-        def make(self, *whats, slots=1, minutes=0.0, retry=0, grace=1.0, look=None, gpus=None, extra=()):
+        def make(self, *whats, slots=1, minutes=0.0, retry=0, grace=1.0, look=None, gpus=None, extra=(), **more):
             jobs = [SweepJob((f"do={what}", f"out={tmp_path}/{what}", f"root={ROOT}", *extra)) for what in whats]
             self.sweep = Sweep("stubs", tmp_path / "sweeps" / "stubs", tuple(jobs))
             self.sweep.begin([])
             options = Options(slots, None, minutes, retry, False)
             return processes.Pool(
-                self.sweep, script, options, look=look, screen=self.notes, gpus=gpus, grace=grace
-            )  # fmt: skip
+                self.sweep, script, options, look=look, screen=self.notes, gpus=gpus, grace=grace, **more
+            )
 
         def __call__(self, *whats, **options):
             made = self.make(*whats, **options)
@@ -462,6 +560,13 @@ def test_a_job_that_hangs_is_ended_at_its_limit(pool):
     assert states["ok"].state == "done"
 
 
+def test_a_job_that_took_too_long_goes_on_from_its_checkpoint(pool):
+    states = pool("long", minutes=0.05, retry=20, grace=30.0)
+    assert states["long"].state == "done"
+    assert states["long"].attempts >= 2
+    assert pool.notes.ends[0] == ("timed out", True)
+
+
 def test_failed_jobs_are_tried_again(pool):
     states = pool("second", "exit9", "config", retry=2)
     assert (states["second"].state, states["second"].attempts) == ("done", 2)
@@ -469,6 +574,29 @@ def test_failed_jobs_are_tried_again(pool):
     assert states["config"].attempts == 1  # as wrong the second time
     assert ("killed", True) in pool.notes.ends
     assert Path(states["exit9"].log).read_text().count("--- ") == 3
+
+
+def test_what_a_job_that_died_had_started_ends_with_it(pool, tmp_path):
+    assert pool("parent")["parent"].state == "killed"
+    child = int((tmp_path / "parent" / "child").read_text())
+    end = time.monotonic() + 30
+    while "sleep" in subprocess.run(["ps", "-o", "stat=,args=", str(child)], capture_output=True, text=True).stdout:
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.05)
+
+
+def test_a_full_disk_under_the_logs(pool, tmp_path):
+    """No job can be started: all are failures, tried as often as others, and the sweep comes to its end."""
+    states = sweeps.Journal()
+    made = pool.make("ok-1", "ok-2", retry=1, states=states)
+    (pool.sweep.folder / "logs").touch()  # no folder: as good as a disk without space
+    shutil.rmtree(pool.sweep.folder / "status", ignore_errors=True)
+    (pool.sweep.folder / "status").touch()
+    made.run(pool.sweep.jobs)
+    summary = sweeps.Summary.of(pool.sweep, states)
+    assert [(state.state, state.exit_code, state.attempts) for state in summary.states] == [("failed", 6, 2)] * 2
+    assert "could not be started" in summary.failures()
+    assert sum(said.startswith("warning: could not write") for said in pool.notes.said) == 1
 
 
 def test_what_is_done_or_refused_is_not_started(pool, tmp_path):
@@ -508,7 +636,8 @@ def test_one_victim_is_trained_in_one_place(pool):
 
 
 def test_gpus_are_shared_out(pool, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,-1,4")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # what it says of that
     assert processes.visible_gpus(Options(2, None, 0.0, 0, False)) == ["3", "5"]
     assert processes.visible_gpus(Options(1, None, 0.0, 0, False)) is None
     assert processes.visible_gpus(Options(2, (1,), 0.0, 0, False)) == ["5"]
@@ -525,7 +654,7 @@ def test_a_run_folder_that_is_still_held_is_waited_for(pool, tmp_path):
     from filelock import FileLock
 
     (tmp_path / "run").mkdir()
-    lock = FileLock(tmp_path / "run" / ".lock")
+    lock = FileLock(tmp_path / "run" / ".lock", thread_local=False)
     lock.acquire()
     threading.Timer(1.0, lock.release).start()
     plan = SimpleNamespace(run_dir=tmp_path / "run")
@@ -535,6 +664,19 @@ def test_a_run_folder_that_is_still_held_is_waited_for(pool, tmp_path):
     assert states["ok"].state == "done"
     assert len(pool.notes.said) == 1
     assert "another process still has" in pool.notes.said[0]
+
+
+def test_a_run_folder_that_somebody_was_quicker_to_take(pool, tmp_path):
+    """The job that was refused it is no failure; it waits like one that was looked at, whoever runs it."""
+    states = pool("busy", "ok")
+    assert {name: (state.state, state.attempts) for name, state in states.items()} == {
+        "busy": ("done", 1),
+        "ok": ("done", 1),
+    }
+    assert pool.notes.said == [f"another process still has {tmp_path}/busy; waiting for it"]
+    with RunFolder(tmp_path / "run", {}), pytest.raises(ConfigError) as caught, RunFolder(tmp_path / "run", {}):
+        raise AssertionError("held twice")
+    assert str(caught.value).partition(processes._IN_USE)[0] == str(tmp_path / "run")
 
 
 def wait_for(path, seconds=60.0):
@@ -560,6 +702,68 @@ def test_asked_to_stop_it_stops_its_jobs(pool, tmp_path, number):
     assert pool.states()["work"].state == "stopped"
     assert pool.states()["ok-later"] is None
     assert "2 not finished" in sweeps.Summary.of(pool.sweep).text(1.0)
+
+
+def test_a_second_ctrl_c_kills(pool, tmp_path):
+    def ask():
+        wait_for(tmp_path / "deaf" / "calls")
+        time.sleep(0.5)  # until it hears nothing
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    made = pool.make("deaf", grace=300.0)
+    threading.Thread(target=ask).start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped by SIGINT"):
+        made.run(pool.sweep.jobs)
+    assert time.monotonic() - start < 60
+    assert pool.states()["deaf"].exit_code == -signal.SIGKILL
+
+
+def test_an_exception_in_the_parent_leaves_jobs_their_grace(pool, tmp_path):
+    """As Ctrl-C in a worker of another launcher: they write their checkpoints."""
+    made = pool.make("work", grace=30.0, signals=False)
+    reap = made._reap
+
+    def interrupted():
+        reap()
+        if (tmp_path / "work" / "working").exists() and not made._ending:
+            raise KeyboardInterrupt
+
+    made._reap = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        made.run(pool.sweep.jobs)
+    assert (tmp_path / "work" / "checkpoint").exists()
+    assert pool.states()["work"].state == "stopped"
+
+
+def test_a_screen_that_nobody_reads(pool, tmp_path):
+    """A closed pipe or a full disk under the sweep's own output ends no job."""
+    pool.make("ok-1", "ok-2")
+    file = pool.sweep.folder / "jobs.json"
+    source = PARENT.format(root=str(ROOT), jobs=str(file), script=str(tmp_path / "stub.py"), grace=1.0)
+    source = source.replace("grace=1.0).run", "grace=1.0, screen=SweepScreen(sweep, 2).__enter__()).run")
+    source = f"from backdoor_bench.reporting.sweep_screen import SweepScreen\n{source}\n"
+    source = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{source}from backdoor_bench.progress import let_go; let_go()"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", source], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {state.state for state in pool.states().values()} == {"done"}
+    for job in pool.sweep.jobs:
+        pool.sweep.status_file(job).unlink()
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", source], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {state.state for state in pool.states().values()} == {"done"}
 
 
 PARENT = """
@@ -684,7 +888,11 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     running = [json.loads(file.read_text()) for file in (broken / "sweeps" / "s" / "status").glob("*.json")]
     assert any(status["state"] == "running" for status in running)
     logs = {file: file.read_text() for file in (broken / "sweeps" / "s" / "logs").glob("*.log")}
+    children = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True, check=False)
     first.kill()
+    for child in children.stdout.split()[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(child), signal.SIGKILL)
     first.communicate()
     done = {file: file.stat().st_mtime_ns for file in broken.glob("toy/**/result.json")}
 
@@ -697,9 +905,67 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     for file, stamp in done.items():
         assert file.stat().st_mtime_ns == stamp
     assert logs
+    for log in (broken / "sweeps" / "s" / "logs").glob("*.log"):
+        assert log.read_text().count("train: 40/40 in ") == 1, log.read_text()
 
 
-# ------------------------------------------------------------------ other launchers, for real
+# ------------------------------------------------------------------ other launchers
+
+
+@pytest.fixture
+def handed(tmp_path, monkeypatch):
+    """``handed("RayLauncher", act, retry=1)`` hands two jobs over to a launcher that does ``act(seed, sweep, job)`` for each
+    and then gives up; returns which it was handed, and the sweep with what is known of its jobs."""
+    from hydra_plugins.backdoor_bench_launcher import sweeper
+
+    monkeypatch.setattr(sweeper, "QUIET", 0.2)
+    monkeypatch.setenv("PYTHONPATH", "")  # given back
+
+    def hand_over(kind, act, retry=0, cluster=False):
+        jobs = tuple(SweepJob((f"seed={n}", "++cache_root='a b'")) for n in range(2))
+        sweep = Sweep("s", tmp_path / "sweeps" / "s", jobs)
+        sweep.begin([])
+        calls = []
+
+        class Launcher:
+            def launch(self, lines, initial_job_idx):
+                calls.append([line[1] for line in lines])
+                for line in lines:
+                    assert f"cache_root='{Path('a b').absolute()}'" in line
+                    assert "sweep.name='s'" in line
+                    act(sweep, jobs[int(line[1][-1])])
+                raise RuntimeError("gave up")
+
+        made = sweeper.JobSweeper(None)
+        made.kind, made.cluster, made.conf = f"of.{kind}", cluster, CONF
+        made.options, made.states, made.launcher = Options(1, None, 0.0, retry, False), sweeps.Journal(), Launcher()
+        made._hand_over(sweep, jobs)
+        return calls, sweeps.Summary.of(sweep, made.states)
+
+    return hand_over
+
+
+def lost(sweep, job):
+    Status(sweeps.RUNNING, job.words).write(sweep, job)
+
+
+def test_each_lost_job_has_its_own_retries(handed):
+    calls, summary = handed("JoblibLauncher", lost, retry=1)
+    assert sorted(map(str, calls[1:])) == ["['seed=0']"] * 2 + ["['seed=1']"] * 2
+    assert summary.count(sweeps.KILLED) == 2
+
+
+@pytest.mark.parametrize(("kind", "cluster"), [("SlurmLauncher", False), ("RayLauncher", True)])
+def test_what_may_wait_in_a_queue_is_not_handed_over_again(handed, capsys, kind, cluster):
+    calls, summary = handed(
+        kind, lambda sweep, job: job.words[0] == "seed=0" and lost(sweep, job), retry=3, cluster=cluster
+    )
+    assert calls == [["seed=0", "seed=1"]]
+    assert summary.failures().startswith("1 of 2 jobs failed, 1 were not finished:")
+    assert "may still be waiting in its queue" in capsys.readouterr().err
+
+
+# for real
 
 
 def installed(*packages):
@@ -810,6 +1076,18 @@ def test_offline_runs_are_sent_in_order_and_once(tmp_path, monkeypatch, capsys):
     assert sync_wandb.main([str(tmp_path)]) == 0
     assert len(calls) == 1
     assert sync_wandb.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_run_that_goes_on_is_not_sent(tmp_path, monkeypatch, capsys):
+    from filelock import FileLock
+
+    folder = tmp_path / "seed0" / "tracking" / "wandb" / "offline-run-20260101_000000-abc123"
+    folder.mkdir(parents=True)
+    (folder / "run-abc123.wandb").touch()
+    monkeypatch.setattr(sync_wandb.subprocess, "run", lambda *args, **kwargs: pytest.fail("sent"))
+    with FileLock(tmp_path / "seed0" / ".lock"):
+        assert sync_wandb.main([str(tmp_path)]) == 0
+    assert f"left out, it is still running: {tmp_path}/seed0" in capsys.readouterr().out
 
 
 def test_runs_that_could_not_be_sent(tmp_path, monkeypatch, capsys):

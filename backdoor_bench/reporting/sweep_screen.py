@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from backdoor_bench import sweep as sweeps
-from backdoor_bench.progress import duration, printable
+from backdoor_bench.progress import duration, going_on, print_line, printable, tell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,20 +46,24 @@ class SweepScreen:
                 get_renderable=self._line, console=self._console, refresh_per_second=2, transient=True,
                 redirect_stderr=False,
             )  # fmt: skip
-            self._live.start()
+            with going_on():
+                self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with going_on():
+                self._live.stop()
 
     def started(self, job: SweepJob, attempt: int) -> None:
         self._running[job.id] = time.monotonic()
 
     def ended(self, job: SweepJob, status: Status, again: bool) -> None:
         self._running.pop(job.id, None)
+        if status.state == sweeps.RUNNING:
+            return  # back among those that wait
         if not again:
             self._ended += 1
         count = f"[{self._ended}/{len(self._sweep.jobs)}]"
@@ -79,18 +83,13 @@ class SweepScreen:
             self.say(f"result: {status.result}")
 
     def say(self, message: str) -> None:
-        self._print(self._console, message)
+        print_line(self._console, message)
 
     def _warn(self, message: str) -> None:
         if self._console.is_terminal:
-            self._print(self._console, message, "yellow")
+            print_line(self._console, message, "yellow")
         else:
-            print(printable(message, sys.stderr.encoding or "utf-8"), file=sys.stderr, flush=True)
-
-    @staticmethod
-    def _print(console: Console, message: str, style: str | None = None) -> None:
-        text = printable(message, console.encoding)
-        console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            tell(printable(message, sys.stderr.encoding or "utf-8"), sys.stderr)
 
     def _line(self) -> Text:
         """``3/25 done, 1 failed, about 12 min left; running: attack=sig defense=trap (1 min 3 s)``"""

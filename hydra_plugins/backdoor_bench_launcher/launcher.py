@@ -19,11 +19,6 @@ def config_folder(config: DictConfig) -> Path:
     return Path(next(source.path for source in config.hydra.runtime.config_sources if source.provider == "main"))
 
 
-def sweep_folder(config: DictConfig) -> Path:
-    """Where the sweep's status and logs are."""
-    return Path(str(config.output_root)).expanduser() / "sweeps" / str(config.sweep.name)
-
-
 class ProcessLauncher(Launcher):
     """``sweep.jobs`` processes side by side, each a ``run.py`` with a job's overrides.
 
@@ -39,6 +34,7 @@ class ProcessLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
         self.trace = bool(getattr(task_function, "trace", False))
+        self.states = getattr(task_function, "states", None)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; what came of each is in its status file, and in ``return_value`` by name."""
@@ -49,7 +45,9 @@ class ProcessLauncher(Launcher):
         conf = config_folder(self.config)
         options = sweeps.Options.of(self.config)
         jobs = [sweeps.SweepJob(tuple(w for w in words if not w.startswith("sweep."))) for words in job_overrides]
-        sweep = sweeps.Sweep(str(self.config.sweep.name), sweep_folder(self.config), tuple(jobs))
+        root, name = Path(str(self.config.output_root)).expanduser(), str(self.config.sweep.name)
+        sweep = sweeps.Sweep(name, root / "sweeps" / name, tuple(jobs))
+        states = sweeps.Journal() if self.states is None else self.states
         with SweepScreen(sweep, options.jobs) as screen:
             pool = processes.Pool(
                 sweep,
@@ -61,9 +59,10 @@ class ProcessLauncher(Launcher):
                 gpus=processes.visible_gpus(options),
                 grace=self.grace,
                 trace=self.trace,
+                states=states,
             )
             pool.run(jobs)
-        return [_returned(sweeps.status(sweep, job), job.words) for job in jobs]
+        return [_returned(states.get(job.id), job.words) for job in jobs]
 
 
 def _returned(status: Any, words: Sequence[str]) -> JobReturn:
