@@ -90,7 +90,7 @@ def test_the_papers_settings():
     """specs/seed_defenses.md 2.2, 2.5, 2.6."""
     node = OmegaConf.load(CONF / "paper" / "tr.yaml")
     assert {"override /model": "wrn16_1"} in OmegaConf.to_container(node)["defaults"]
-    assert node.holdout == {"size": 2500}
+    assert node.holdout == {"size": 0.05}
     assert node.train == {
         "epochs": 200, "batch_size": 256, "drop_last": True, "optimizer": "adam", "lr": 1e-3, "weight_decay": 5e-4,
         "schedule": "cosine", "schedule_unit": "epoch",
