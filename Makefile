@@ -20,8 +20,10 @@ run: venv
 	$(BIN)/python run.py attack=badnets defense=trap
 
 # make table TABLE=trap_table1 ARGS="budget=small dataset=photo_digits": what is done is skipped
+ifeq ($(MAKECMDGOALS)$(TABLE),table)
+$(error Which table? make table TABLE=trap_table1)
+endif
 table: venv
-	@test -n "$(TABLE)" || { echo "Which table? make table TABLE=trap_table1"; exit 2; }
 	@$(BIN)/python run.py -m experiment=$(TABLE) $(ARGS); code=$$?; \
 	  $(BIN)/python scripts/make_tables.py $(TABLE) $(ARGS) || code=$$?; exit $$code
 

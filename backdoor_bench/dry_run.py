@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from backdoor_bench import composing
 from backdoor_bench import sweep as sweeps
+from backdoor_bench.errors import ConfigError
 
 if TYPE_CHECKING:
     from backdoor_bench.plan import Plan
@@ -28,13 +29,11 @@ _HARDWARE = ("device", "threads", "precision")  # what a result says of it; a vi
 
 @dataclass(frozen=True)
 class Past:
-    """A finished run. victim: equal for runs of one victim; alone: seconds without the victim's training; training: that
-    training's, None where the run did none."""
+    """A finished run. scale: equal for runs of about the same work; victim: equal for runs of one victim; alone: seconds
+    without the victim's training; training: that training's, None where the run did none."""
 
-    dataset: str
-    model: str
     defense: str
-    budget: str | None
+    scale: tuple[Any, ...]
     victim: tuple[Any, ...]
     alone: float
     training: float | None
@@ -68,15 +67,22 @@ def history(root: Path) -> list[Past]:
             hardware = result.get("environment", {})
             settings = result.get("settings", [])
             victim = _victim(result, result["paper"], result["budget"], result["seed"], settings, hardware)
-            names = {name: str(result[name]) for name in ("dataset", "model", "defense")}
+            scale = _scale(result, result["paper"], result["budget"], settings)
+            defense = str(result["defense"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         total, training = seconds.pop("total", 0.0), seconds.get(TRAINING)
         # A stage from the cache books what it took when it was made: the stages are then longer than the run was.
         cached = sum(seconds.values()) > total + 1
         alone = total if cached or training is None else max(0.0, total - training)
-        found.append(Past(**names, budget=result["budget"], victim=victim, alone=alone, training=training))
+        found.append(Past(defense, scale, victim, alone, training))
     return found
+
+
+def _scale(names: Any, paper: Any, budget: Any, settings: Iterable[str]) -> tuple[Any, ...]:
+    """What the length of a run depends on beside its method: data, network, paper, budget and the recipe's words."""
+    words = sorted(word for word in settings if word.lstrip("+~").startswith(("train.", "dataset.", "model.")))
+    return (str(names["dataset"]), str(names["model"]), paper, budget, *words)
 
 
 def _victim(
@@ -88,15 +94,13 @@ def _victim(
 
 
 def estimate(past: Sequence[Past], plan: Plan) -> Estimate:
-    """Medians over runs of the same dataset, model, defence and budget; else of the same defence."""
-    budget = plan.config["budget"]
-    names = plan.names
-    same = [run for run in past if (run.dataset, run.model, run.budget) == (names["dataset"], names["model"], budget)]
-    alike = [run for run in same if run.defense == names["defense"]]
-    alike = alike or [run for run in past if run.defense == names["defense"]]
+    """Medians over runs of the same data, network, paper, budget and recipe; None where no run was like it."""
+    scale = _scale(plan.names, plan.config["paper"], plan.config["budget"], plan.settings)
+    same = [run for run in past if run.scale == scale]
+    alike = [run for run in same if run.defense == plan.names["defense"]]
     if alike and all(run.training is None for run in alike):
         return Estimate(median(run.alone for run in alike), 0.0)
-    trained = [run.training for run in same or alike if run.training is not None]
+    trained = [run.training for run in same if run.training is not None]
     alone = median(run.alone for run in alike) if alike else None
     return Estimate(alone, median(trained) if trained else None)
 
@@ -182,12 +186,15 @@ def print_plan(conf: Path, sweep: Sweep, options: Options) -> None:
         tell("time: unknown, nothing like these jobs has run below this output_root")
     place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
-    each = _bytes_a_run(root, len(past)) if todo else None
+    each = _bytes_a_run(root, len(past)) if known else None
     if each is not None:
         tell(f"disk: about {_size(each * len(todo))}, free {_size(free)}")
     else:
         tell(f"disk: free {_size(free)}")
     tell("nothing was started (sweep.dry_run=true)")
+    refused = [line for line in jobs if line.state == "refused"]
+    if refused and len(refused) == sum(line.state != "missing" for line in jobs):
+        raise ConfigError(f"every job is refused; the first: {refused[0].note}")
 
 
 def _size(number: float) -> str:

@@ -460,7 +460,8 @@ def options(conf: Path, group: str) -> list[tuple[str, str]]:
     """(name, first comment line) of every choice of a group."""
     found = []
     for file in sorted((conf / group).glob("*.yaml")):
-        first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+        lines = (line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package"))
+        first = next(lines, "")
         found.append((file.stem, first.removeprefix("#").strip() if first.startswith("#") else ""))
     return found
 

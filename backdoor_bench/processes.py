@@ -290,7 +290,8 @@ class Pool:
         elif not done:
             state, why = _judge(code, child.log)
             if child.timed_out:
-                state, why = sweeps.TIMED_OUT, f"took longer than sweep.time_limit={self.options.time_limit:g} minutes"
+                limit = f"took longer than sweep.time_limit={self.options.time_limit:g} minutes"
+                state, why = sweeps.TIMED_OUT, f"{limit}; raise it, or go on from the checkpoint by the same command"
             status = replace(status, state=state, reason=why, result=None)
         if code not in _KNOWN_CODES or child.timed_out:
             _kill_group(child.process)  # whatever it had started itself

@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone works without being installed
 
-from backdoor_bench import collect, launch  # noqa: E402
+from backdoor_bench import collect, experiments, launch  # noqa: E402
 from backdoor_bench.errors import BenchError, ConfigError  # noqa: E402
+from backdoor_bench.experiments import Experiment  # noqa: E402
 from backdoor_bench.reporting import compare, tables  # noqa: E402
 from backdoor_bench.reporting.compare import Comparison, Tolerance  # noqa: E402
 
@@ -47,6 +48,7 @@ def make(args: argparse.Namespace) -> int:
         tolerance=Tolerance.of(args.tolerance),
     )
     if not comparison.count(compare.MEASURED):
+        check_words(experiment, asked)
         hint(comparison, runs)
     texts = render(comparison, args.measured)
     sys.stdout.write(texts[args.format])
@@ -64,6 +66,21 @@ def render(comparison: Comparison, measured_only: bool) -> dict[str, str]:
         "latex": tables.latex(comparison, measured_only),
         "csv": tables.csv_text(comparison),
     }
+
+
+def check_words(experiment: Experiment, asked: compare.Asked) -> None:
+    """Raise ConfigError for a setting that run.py would refuse: it, and no missing run, may be why nothing was found."""
+    from hydra.errors import HydraException
+
+    fixed = experiments.budget_groups(CONF, asked.budget)
+    job = next((job for job in experiments.jobs(CONF, experiment, asked.chosen, fixed=fixed) if not job.missing), None)
+    if job is None or not asked.settings:
+        return
+    words = [*job.overrides, *map(experiments.subgroup, asked.settings)]
+    try:
+        launch.check_command(CONF, words)
+    except HydraException as error:
+        raise ConfigError(launch.explain(error, CONF, words) or str(error)) from None
 
 
 def hint(comparison: Comparison, runs: compare.Cells) -> None:

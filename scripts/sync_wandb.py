@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backdoor_bench.processes import is_held
+from backdoor_bench.progress import tell
 
 _FOLDER = re.compile(r"offline-run-(\d{8}_\d{6})-(\w+)")
 _AT_ONCE = 50  # folders in one call of wandb: command lines have a limit
@@ -60,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     # What a run that goes on has written so far would count as all of it.
     going = {run.run_dir for run in unsent if is_held(run.run_dir / ".lock")}
     waiting = [run for run in unsent if run.run_dir not in going]
-    print(f"{len(runs)} offline runs, {len(runs) - len(unsent)} of them sent before, {len(waiting)} to send")
+    tell(f"{len(runs)} offline runs, {len(runs) - len(unsent)} of them sent before, {len(waiting)} to send")
     for folder in sorted(going):
-        print(f"  left out, it is still running: {folder}")
+        tell(f"  left out, it is still running: {folder}")
     for run in waiting:
-        print(f"  {run.started}  {run.id}  {run.run_dir}")
+        tell(f"  {run.started}  {run.id}  {run.run_dir}")
     if options.dry_run or not waiting:
         return 0
     failed = 0

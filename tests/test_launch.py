@@ -231,7 +231,7 @@ def test_help_lists_every_file_of_every_group(go, word):
         names = [line.split()[0] for line in section.splitlines()]
         assert names == [file.stem for file in files]
         for file, line in zip(files, section.splitlines(), strict=True):
-            first = file.read_text().splitlines()[0]
+            first = next(one for one in file.read_text().splitlines() if not one.startswith("# @package"))
             assert line.endswith(first.removeprefix("#").strip() if first.startswith("#") else file.stem)
         listed += len(files)
     assert listed > 30

@@ -200,7 +200,7 @@ def test_a_budget_and_other_data_stand_in_the_title(conf, tmp_path, capsys):
     )
     assert out[2] == "## cifar10, resnet18 (ours: photo_digits, small_cnn)"
     assert "| badnets | trap | ACC | 94.5 | 70.00 | 1 | -24.50 |" in out
-    assert "- difference: ours - paper; at the reduced budget small, which cannot reach the paper's numbers," in out[-1]
+    assert out[-1].startswith("- difference: ours - paper; nothing is marked, because the settings are not the paper's")
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
         f"demo_table1-budget=small,dataset=photo_digits.{ending}" for ending in ("csv", "md", "tex")
     ]

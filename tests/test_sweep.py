@@ -367,13 +367,16 @@ def test_past_runs(tmp_path):
     assert past["trap"].victim == past["no_defense"].victim
     runs = list(past.values())
 
-    def estimate(defense, model="tiny"):
+    def estimate(defense, model="tiny", settings=()):
         names = {"dataset": "toy", "model": model, "attack": "sig", "defense": defense}
-        guess = dry_run.estimate(runs, SimpleNamespace(names=names, config={"budget": None}))
+        config = {"budget": None, "paper": None}
+        guess = dry_run.estimate(runs, SimpleNamespace(names=names, config=config, settings=settings))
         return guess.alone, guess.training
 
     assert estimate("no_defense") == (10.0, 20.0)
-    assert estimate("trap", model="resnet18") == (12.0, 20.0)  # the same defence elsewhere is better than nothing
+    assert estimate("trap", settings=["attack.poison_rate=0.2"]) == (12.0, 20.0)
+    assert estimate("trap", model="resnet18") == (None, None)  # a small run says nothing of a large one
+    assert estimate("trap", settings=["train.epochs=3000"]) == (None, None)
     assert estimate("dbr") == (9.0, 0.0)  # needs no victim
     assert estimate("tr") == (None, 20.0)
     assert estimate("tr", model="resnet18") == (None, None)
@@ -382,7 +385,8 @@ def test_past_runs(tmp_path):
 def test_a_dry_run_lists_and_starts_nothing(tmp_path, conf, capsys):
     root = tmp_path / "outputs"
     finished(root, attack="badnets", paper="trap", settings=["train.epochs=12"])
-    finished(root, attack="sig", defense="trap", seconds={"total": 52.0, "train": 22.0})
+    same = {"paper": "trap", "settings": ["train.epochs=12"]}
+    finished(root, attack="wanet", defense="trap", seconds={"total": 52.0, "train": 22.0}, **same)
     (root / "cache" / "victim-0123").mkdir(parents=True)
     before = sorted(root.rglob("*"))
     words = [f"output_root={root}", "experiment=mini", "sweep.dry_run=true", "sweep.jobs=2", "hardware=cpu"]
@@ -555,7 +559,7 @@ def test_a_job_that_hangs_is_ended_at_its_limit(pool):
     """F11: it is asked first; one that does not hear is killed."""
     states = pool("deaf", "ok", slots=2, minutes=0.1)
     assert states["deaf"].state == "timed out"
-    assert states["deaf"].reason == "took longer than sweep.time_limit=0.1 minutes"
+    assert states["deaf"].reason.startswith("took longer than sweep.time_limit=0.1 minutes; raise it, or go on")
     assert states["deaf"].exit_code == -9
     assert states["ok"].state == "done"
 

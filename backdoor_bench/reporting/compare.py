@@ -122,7 +122,7 @@ class Row:
     """One printed number (table, dataset ... rate and unit as printed; table "" for a job that stands for none).
 
     on: (dataset, model) ours was measured with. paper: the printed value, None where the paper leaves it out. within: see
-    ``Tolerance.judge``, None at a reduced budget. status: MEASURED; NOT_RUN; MISSING (not run, a group has no file: in
+    ``Tolerance.judge``, None in a reduced table. status: MEASURED; NOT_RUN; MISSING (not run, a group has no file: in
     note); INCOMPLETE (an average of which cells lack); NO_NUMBER (not one that a run has, or null in all of them). runs:
     those that ours is made of.
     """
@@ -152,7 +152,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """rows in the order of the printed tables, then those of grids. title says what differs from the paper's setting."""
+    """rows in the order of the printed tables, then those of grids. title says what differs from the paper's setting.
+    reduced: a smaller budget, other data, another network or other settings: the paper's numbers are not to be reached, so
+    none is judged."""
 
     name: str
     title: str
@@ -160,15 +162,10 @@ class Comparison:
     settings: tuple[str, ...]
     tolerance: Tolerance
     rows: tuple[Row, ...]
+    reduced: bool = False
 
     def count(self, *statuses: str) -> int:
         return sum(row.status in statuses for row in self.rows)
-
-    @property
-    def reduced(self) -> bool:
-        """Whether it was made at a budget that does less than the paper: its numbers are not to be reached, so none is
-        judged."""
-        return self.budget not in (None, FULL)
 
     @property
     def outside(self) -> int:
@@ -275,10 +272,14 @@ def compare(
     if {"attack", "defense"} & {*chosen}:
         jobs, others = _without_other_methods(jobs, experiments.jobs(conf, experiment))
     found = _done(jobs, runs, budget, extra)
-    judge = None if budget not in (None, FULL) else tolerance
+    moved = any(
+        (job.groups.get("dataset"), job.groups.get("model")) != cell[1:3] for job in jobs for cell in job.printed
+    )
+    reduced = budget not in (None, FULL) or bool(extra) or moved
+    judge = None if reduced else tolerance
     rows = [*_printed_rows(experiment, found, chosen, judge), *_grid_rows(experiment, found)]
     title = _title(conf, experiment, rows, budget, chosen, others, extra)
-    return Comparison(experiment.name, title, budget, extra, tolerance, tuple(rows))
+    return Comparison(experiment.name, title, budget, extra, tolerance, tuple(rows), reduced)
 
 
 def _without_other_methods(jobs: Sequence[Job], own: Sequence[Job]) -> tuple[list[Job], Mapping[str, Sequence[str]]]:

@@ -143,8 +143,7 @@ def legend(comparison: Comparison) -> list[str]:
         )
     if any(row.difference is not None for row in comparison.rows):
         lines.append(
-            f"difference: ours - paper; at the reduced budget {comparison.budget}, which cannot reach the paper's numbers, "
-            "nothing is marked."
+            "difference: ours - paper; nothing is marked, because the settings are not the paper's (see the title)."
             if comparison.reduced
             else f"difference: ours - paper; ! marks where {comparison.tolerance.text()}."
         )
