@@ -959,6 +959,20 @@ def test_each_lost_job_has_its_own_retries(handed):
     assert summary.count(sweeps.KILLED) == 2
 
 
+def test_a_lost_job_that_is_done_the_second_time_is_done(handed):
+    """Its worker writes that: what the sweep had noted of the first time must not stand before it."""
+    seen = []
+
+    def act(sweep, job):
+        seen.append(job.id)
+        Status(sweeps.RUNNING if seen.count(job.id) == 1 else sweeps.DONE, job.words, exit_code=0).write(sweep, job)
+
+    calls, summary = handed("JoblibLauncher", act)
+    assert calls == [["seed=0", "seed=1"], ["seed=0"], ["seed=1"]]
+    assert summary.count(sweeps.DONE) == 2
+    assert not summary.failures()
+
+
 @pytest.mark.parametrize(("kind", "cluster"), [("SlurmLauncher", False), ("RayLauncher", True)])
 def test_what_may_wait_in_a_queue_is_not_handed_over_again(handed, capsys, kind, cluster):
     calls, summary = handed(

@@ -120,6 +120,8 @@ class JobSweeper(Sweeper):
         while batches:
             batch = batches.pop(0)
             why = "its worker ended without a word"
+            for job in batch:  # from here on its worker's word counts, not what was noted of an earlier one
+                self.states.pop(job.id, None)
             try:
                 self._launch(sweep, [_absolute(job, sweep) for job in batch])
             except Exception as error:
