@@ -47,6 +47,8 @@ def compose_all(conf: Path, lines: Sequence[Sequence[str]]) -> Iterator[DictConf
     from concurrent.futures import ProcessPoolExecutor
 
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        multiprocessing.set_forkserver_preload(["hydra", "hydra.compose"])  # once, not in every process
     workers = min(os.cpu_count() or 1, len(lines) // FEW + 1)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (conf,))
     return _elsewhere(conf, lines, pool, pool.map(_in_worker, lines, chunksize=4))
